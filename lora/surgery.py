@@ -1,0 +1,38 @@
+"""
+Mechanism: replace linear layers by name with LoRALinear; list, freeze and count them.
+
+Which layers to replace is policy and lives in inject.py, or in an adapter file's own keys.
+"""
+
+from .layer import LoRALinear
+
+
+def lora_layers(model):
+    """{module path: LoRALinear} in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def wrap(model, names, **lora):
+    """Replace each named module by a LoRALinear around it; lora holds LoRALinear's arguments."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), **lora))
+
+
+def freeze_base(model):
+    """Only lora_A and lora_B train. A policy of the whole model: norms and embeddings too."""
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
+
+
+def adapter_parameters(model):
+    """[A, B, A, B, ...] of every LoRA layer, in the model's order."""
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def count(model):
+    """(trainable, all) parameters. A 4-bit weight counts its packed elements."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
