@@ -1,0 +1,120 @@
+"""
+WHERE adapters go: walk the blocks of a model, choose projections by name, wrap them, freeze the
+rest.
+
+    python inject.py                              # the configured model, as a tree
+    python inject.py --lora.target_modules='["q_proj", "v_proj"]' --lora.layers=4
+
+    adapted = inject(model, r=8, lora_alpha=32)   # ["model.layers.0.self_attn.q_proj", ...]
+"""
+
+import dataclasses
+import sys
+
+from lora import base, config, fetch
+from lora.layer import LoRALinear, linear_size
+from lora.surgery import count, freeze_base, lora_layers, wrap
+
+# where the blocks live: Llama, Qwen, Mistral, Gemma, ...; GPT-2; GPT-NeoX, Pythia; OPT
+BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
+
+def inject(model, *, target_modules="all-linear", layers="all", **lora):
+    """Wrap the chosen projections of the chosen blocks in LoRALinear, freeze everything else, and
+    return the adapted module paths in order.
+
+    target_modules  "all-linear", or whole names of projections: ("q_proj", "v_proj")
+    layers          "all", N for the last N blocks, or indices of blocks
+    lora            LoRALinear's arguments: r, lora_alpha, lora_dropout, use_rslora
+
+    Raises ValueError, with the names that do exist, if a target matches nothing.
+    """
+    present = lora_layers(model)
+    if present:
+        raise ValueError(f"inject: the model already has {len(present)} LoRA layers, the first at "
+                         f"{next(iter(present))}. Load a fresh base model.")
+    where, blocks = find_blocks(model)
+    chosen = _choose(layers, len(blocks), where)
+
+    adapted, seen = [], {}
+    for i in chosen:
+        for path, module in blocks[i].named_modules():
+            if linear_size(module) is None:
+                continue
+            name = path.rpartition(".")[2]                 # self_attn.q_proj -> q_proj
+            seen[name] = None
+            if target_modules == "all-linear" or name in target_modules:
+                adapted.append(f"{where}.{i}.{path}")
+
+    missing = [] if target_modules == "all-linear" else [t for t in target_modules if t not in seen]
+    if missing or not adapted:
+        raise ValueError(f"inject: target_modules {missing or list(target_modules)} matched "
+                         f"nothing. Linear layers here: {' '.join(seen)}.")
+    wrap(model, adapted, **lora)
+    freeze_base(model)
+    return adapted
+
+
+def find_blocks(model):
+    """(path, list of blocks) of the first known layout this model has."""
+    for path in BLOCKS:
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError:
+            continue
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ValueError(f"inject: {type(model).__name__} has none of {', '.join(BLOCKS)}. "
+                     f"Its children: {children}. Add the path of its blocks to inject.BLOCKS.")
+
+
+def _choose(layers, n, where):
+    """The indices, in order, of the blocks that layers means among n."""
+    if layers == "all":
+        return range(n)
+    chosen = range(n - layers, n) if isinstance(layers, int) else layers
+    if isinstance(layers, int) and not 1 <= layers <= n:
+        raise ValueError(f"inject: layers is {layers}; expected 1 to {n}: the last N of {where}.")
+    wrong = [i for i in chosen if not 0 <= i < n]
+    if wrong or not chosen:
+        raise ValueError(f"inject: layers {wrong} choose none: expected 0 to {n - 1} in {where}")
+    return sorted(set(chosen))
+
+
+def report(model, adapted):
+    """How many modules, in how many blocks, which names, what share of all parameters trains."""
+    names = " ".join(dict.fromkeys(path.rpartition(".")[2] for path in adapted))
+    blocks = find_blocks(model)[1]
+    used = sum(bool(lora_layers(block)) for block in blocks)
+    trainable, everything = count(model)
+    return (f"inject: {len(adapted)} modules in {used} of {len(blocks)} blocks: {names}\n"
+            f"        {trainable:,} of {everything:,} parameters train "
+            f"({trainable / everything:.2%})")
+
+
+def tree(model):
+    """The first adapted block, a line per module, LoRA layers marked."""
+    where, blocks = find_blocks(model)
+    used = [i for i, block in enumerate(blocks) if lora_layers(block)]
+    lines = [f"{where}.{used[0]}"]
+    for path, module in blocks[used[0]].named_modules():
+        if not path or path.endswith((".base_layer", ".dropout")):
+            continue
+        note = "  frozen" * any(True for _ in module.parameters(recurse=False))
+        if isinstance(module, LoRALinear):
+            note = f"  LoRA  A {tuple(module.lora_A.shape)}  B {tuple(module.lora_B.shape)}"
+        lines.append("  " * (path.count(".") + 1) + path.rpartition(".")[2] + note)
+    return "\n".join(lines) + f"\nthe same in blocks {used[1:]}" * (len(used) > 1)
+
+
+def main(argv):
+    settings = config.take_config(argv)
+    device = base.pick_device(settings.model.device)
+    dtype = base.pick_dtype(settings.model.dtype, device)
+    model = base.load_model(fetch.find(settings.model.name), device, dtype)
+    adapted = inject(model, **dataclasses.asdict(settings.lora))
+    print(tree(model))
+    print(report(model, adapted))
+
+
+if __name__ == "__main__":
+    config.run_cli(main, sys.argv[1:])

@@ -1,0 +1,95 @@
+"""inject.py: which modules, which blocks, and what it says when nothing fits."""
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+)
+
+from inject import find_blocks, inject, report, tree
+from lora.surgery import count, lora_layers
+
+LORA = {"r": 4, "lora_alpha": 8}
+SEVEN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def test_all_linear_is_every_projection_of_every_block(model):
+    adapted = inject(model, **LORA)
+    assert adapted == [f"model.layers.{i}.{name}" for i in range(2) for name in SEVEN]
+    assert list(lora_layers(model)) == adapted               # lm_head and embeddings stay out
+
+
+def test_whole_names_only(model):
+    assert inject(model, target_modules=["q_proj", "v_proj"], **LORA) == [
+        f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qv"]
+
+
+@pytest.mark.parametrize("layers, blocks", [("all", [0, 1, 2]), (1, [2]), (2, [1, 2]),
+                                            ([0], [0]), ((2, 0), [0, 2])])
+def test_layers(layers, blocks):
+    model = make_model(num_hidden_layers=3)
+    adapted = inject(model, target_modules=["q_proj"], layers=layers, **LORA)
+    assert adapted == [f"model.layers.{i}.self_attn.q_proj" for i in blocks]
+
+
+@pytest.mark.parametrize("config, first", [
+    (GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=1),
+     "transformer.h.0.attn.c_attn"),
+    (GPTNeoXConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2,
+                   intermediate_size=32, vocab_size=64), "gpt_neox.layers.0.attention"),
+    (OPTConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, ffn_dim=32,
+               vocab_size=64, word_embed_proj_dim=16), "model.decoder.layers.0.self_attn"),
+])
+def test_other_layouts(config, first):
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)[None]
+    before = model(ids).logits
+    adapted = inject(model, **LORA)
+    assert adapted[0].startswith(first) and torch.equal(model(ids).logits, before)
+
+
+def test_everything_else_is_frozen(model):
+    inject(model, **LORA)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(n.endswith(("lora_A", "lora_B")) for n in trainable)
+    assert count(model)[0] == sum(p.numel() for n, p in model.named_parameters() if n in trainable)
+
+
+@pytest.mark.parametrize("choice, message", [
+    ({"target_modules": ["q_prj"]}, r"target_modules \['q_prj'\] matched nothing. Linear layers "
+     "here: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    ({"target_modules": ["q_proj", "proj"]}, r"\['proj'\] matched nothing"),
+    ({"target_modules": []}, r"\[\] matched nothing"),
+    ({"layers": []}, "choose none: expected 0 to 1 in model.layers"),
+    ({"layers": [1, 7]}, r"layers \[7\] choose none"),
+    ({"layers": 3}, "layers is 3; expected 1 to 2"),
+    ({"layers": 0}, "layers is 0; expected 1 to 2"),
+])
+def test_what_matches_nothing_is_an_error_that_lists_what_exists(model, choice, message):
+    with pytest.raises(ValueError, match=message):
+        inject(model, **choice, **LORA)
+    assert not lora_layers(model)
+
+
+def test_injected_twice_is_an_error(model):
+    inject(model, **LORA)
+    with pytest.raises(ValueError, match="already has 14 LoRA layers, the first at model.layers.0"):
+        inject(model, **LORA)
+
+
+def test_unknown_layout_names_its_children():
+    with pytest.raises(ValueError, match="Sequential has none of model.layers.*children: 0, 1"):
+        find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
+
+
+def test_report_and_tree(model):
+    adapted = inject(model, target_modules=["q_proj", "up_proj"], layers=1, **LORA)
+    assert "2 modules in 1 of 2 blocks: q_proj up_proj" in report(model, adapted)
+    assert f"{count(model)[0]:,} of {count(model)[1]:,} parameters train" in report(model, adapted)
+    drawn = tree(model)
+    assert drawn.startswith("model.layers.1\n")
+    assert "q_proj  LoRA  A (4, 32)  B (32, 4)" in drawn and "k_proj  frozen\n" in drawn
