@@ -1,0 +1,229 @@
+"""
+Every setting of a run: typed, documented, and read by somebody.
+
+    config = load("config.json", ["--lora.r=16", "--train.run=r16"])
+    config.lora.r                                   # 16
+
+A section of config.json is a dataclass below; the comment behind a field is its documentation
+(README.md shows the same table, and a test compares the two). Unknown keys, wrong types and
+values out of range are one error that lists them all.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import types
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "smollm2-135m-instruct"  # known model, folder or hub id
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
+    adapter: str | None = None  # folder of an adapter to go on from, instead of a fresh one
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    r: int = 8  # rank: parameters grow linearly with it
+    lora_alpha: int = 32  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.0  # dropout on the adapter's input
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # projection names
+    layers: Literal["all"] | int | tuple[int, ...] = "all"  # all, the last N, or a list of indices
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "data.py"  # data.py: the facts at its top; else a .jsonl or .json file
+    val_path: str | None = None  # a file for validation; null: split path
+    val_fraction: float = 0.25  # share held out; 0: no validation
+    split_by: Literal["auto", "wording", "dialogue", "fact"] = "auto"  # auto: wording for facts
+    dedupe: bool = False  # drop exact duplicates (they are reported either way)
+    system: str | None = None  # system prompt for examples without one: a text, fixed or random
+    debate: bool = False  # add true/false statements about the facts to the training set
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    format: Literal["auto", "template", "chatml", "plain"] = "auto"  # auto: the model's template
+    loss_on: Literal["all", "last"] = "all"  # supervise all assistant turns or only the last
+    max_length: int = 512  # tokens an example may have
+    too_long: Literal["drop", "cut"] = "drop"  # cut: leave out the oldest turns, never the answer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run: str = "demo"  # name of the folder under runs/, not a path
+    seed: int = 0  # of adapters, order, split and dropout
+    epochs: float = 4.0  # passes over the training set
+    max_steps: int | None = None  # stop after so many steps instead
+    batch_size: int = 16  # examples per step (one optimizer update)
+    grad_accum: Literal["auto"] | int = "auto"  # micro-batches a step is split into: memory only
+    token_budget: int = 8192  # auto: padded tokens a micro-batch may have
+    lr: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    warmup_steps: int = 5  # steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW: decay of the two moments
+    eps: float = 1e-8  # AdamW: added to the denominator
+    weight_decay: float = 0.0  # AdamW: decoupled decay of A and B
+    max_grad_norm: float = 1.0  # clip the gradient's norm; 0: never
+    log_every: int = 1  # steps between lines in metrics.jsonl
+    eval_every: Literal["epoch"] | int = "epoch"  # steps between evaluations
+    best_by: Literal["auto", "loss", "recall"] = "auto"  # auto: recall where the data holds facts
+    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+    questions: tuple[str, ...] = ()  # asked before and after; empty: held-out ones
+    max_new_tokens: int = 32  # length of those answers
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+RANGES = {  # the numbers a setting may have: from the first to the second, both included
+    "lora.r": (1, inf), "lora.lora_alpha": (1, inf), "lora.lora_dropout": (0, 0.99),
+    "data.val_fraction": (0, 0.99), "dataset.max_length": (8, inf), "train.epochs": (0.01, 10_000),
+    "train.max_steps": (1, inf), "train.batch_size": (1, inf), "train.grad_accum": (1, inf),
+    "train.token_budget": (1, inf), "train.lr": (1e-9, 1), "train.warmup_steps": (0, inf),
+    "train.betas": (0, 0.999999), "train.eps": (1e-30, 1), "train.weight_decay": (0, inf),
+    "train.max_grad_norm": (0, inf), "train.log_every": (1, inf), "train.eval_every": (1, inf),
+    "train.patience": (0, inf), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
+
+ELSEWHERE = {  # what other trainers call a setting
+    "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
+    "model_name": "model.name", "learning_rate": "train.lr", "num_epochs": "train.epochs",
+    "micro_batch_size": "train.batch_size", "max_seq_length": "dataset.max_length",
+    "gradient_accumulation_steps": "train.grad_accum", "num_train_epochs": "train.epochs"}
+
+
+def load(path="config.json", overrides=()):
+    """The Config of a JSON file with --section.key=value overrides applied. Raises ValueError that
+    names the file and all problems in it."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); use --config FILE") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {_show(values)}; expected an object of sections")
+    for override in overrides:
+        key, _, text = override.removeprefix("--").partition("=")
+        section, _, name = key.partition(".")
+        if isinstance(values.setdefault(section, {}), dict):
+            try:
+                values[section][name] = json.loads(text)       # 16, null, [1, 2], "x"
+            except (ValueError, RecursionError):
+                values[section][name] = text                   # cosine
+    problems, sections = [], get_type_hints(Config)
+    built = {name: _section(name, given, sections, problems) for name, given in values.items()}
+    if problems:
+        raise ValueError("\n".join(f"{path}: {p}" for p in problems))
+    return Config(**built)
+
+
+def _section(section, given, sections, problems):
+    """One section's dataclass; what is wrong with it is appended to problems."""
+    if section not in sections:
+        return problems.append(_unknown(section, sections, sections))
+    if not isinstance(given, dict):
+        return problems.append(f"{section} is {_show(given)}; expected a section, {{...}}")
+    hints, accepted = get_type_hints(sections[section]), {}
+    for key, value in given.items():
+        full = f"{section}.{key}"
+        if key not in hints:
+            problems.append(_unknown(full, hints, sections))
+        elif not _fits(value, hints[key]):
+            problems.append(f"{full} is {_show(value)}; expected {_name(hints[key])}")
+        elif full in RANGES and not _within(value, *RANGES[full]):
+            low, high = RANGES[full]
+            problems.append(f"{full} is {_show(value)}; expected at least {low:g}"
+                            + f" and at most {high:g}" * (high < inf))
+        else:
+            accepted[key] = tuple(value) if isinstance(value, list) else value
+    return None if problems else sections[section](**accepted)
+
+
+def _unknown(key, known, sections):
+    """unknown key lora.rank. Known: r, lora_alpha, ... Did you mean lora.r?"""
+    leaf = key.rpartition(".")[2]
+    names = {name: name for name in sections}
+    names |= {f: f"{s}.{f}" for s, cls in sections.items() for f in get_type_hints(cls)}
+    near = difflib.get_close_matches(leaf, names, 1, 0.5)
+    guess = ELSEWHERE.get(leaf) or (names[near[0]] if near else None)
+    hint = f" Did you mean {guess}?" if guess else ""
+    return f"unknown key {key}. Known: {', '.join(known)}.{hint}"
+
+
+def _fits(value, hint):
+    """Is a JSON value of this type? A whole number is a number; true is not."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inside)
+    if kind is Literal:
+        return isinstance(value, str) and value in inside
+    if kind is tuple:
+        return (isinstance(value, list) and all(_fits(v, inside[0]) for v in value)
+                and (inside[-1] is Ellipsis or len(value) == len(inside)))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float) and abs(value) < 1e300 if hint is float \
+        else isinstance(value, hint)
+
+
+def _within(value, low, high):
+    """Numbers are in the range, also those in a list; "auto" and null are not numbers."""
+    if isinstance(value, list):
+        return all(_within(v, low, high) for v in value)
+    return not isinstance(value, int | float) or low <= value <= high
+
+
+def _name(hint):
+    """A type in words: "auto" or a whole number."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(_name(one) for one in inside)
+    if kind is Literal:
+        return " or ".join(json.dumps(v) for v in inside)
+    if kind is tuple:
+        size = "" if inside[-1] is Ellipsis else f" of {len(inside)}"
+        return f"a list{size}, each {_name(inside[0])}"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false",
+            types.NoneType: "null"}[hint]
+
+
+def _show(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def take_config(argv):
+    """The Config of a command line: --config FILE chooses the file, --section.key=value overrides
+    a key of it, anything else is an error."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="config.json")
+    known, rest = parser.parse_known_args(argv)
+    if not all(re.match(r"--\w+\.\w+=", arg) for arg in rest):
+        raise ValueError(f"{' '.join(rest)}: expected --config FILE or --section.key=value")
+    return load(known.config, rest)
+
+
+def run_cli(main, argv):
+    """Run a command line. A ValueError is the user's to fix: printed without a traceback."""
+    try:
+        sys.exit(main(argv))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
