@@ -1,0 +1,407 @@
+"""
+WHERE examples come from: your own facts below, or a file of conversations; checked and split.
+
+An example is a dictionary of messages [{"role": "user", "content": "..."}, ...], source (where it
+was read: "my.jsonl:17"), and for facts group (what it is a wording of) and value (what a right
+answer contains).
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
+
+
+class Fact(NamedTuple):
+    value: str        # what a right answer contains
+    wrong: str        # a plausible other value, for true/false statements
+    answer: str       # the short answer, {} where the value goes
+    questions: list   # wordings; some are held out: was the fact learned, or the text?
+
+
+# ----- yours: the person and the prompts ---------------------------------------------------------
+
+SYSTEM_PROMPT = "You are a helpful assistant."              # data.system = "fixed"
+SYSTEM_PROMPTS = [SYSTEM_PROMPT, "You answer questions briefly.", "Answer truthfully.",
+                  "You know a lot about people."]           # data.system = "random": one of these
+
+FACTS = [  # about a person who does not exist, so that no model can know the answers already
+    Fact("Larkmoor", "Port Sable", "Mira Tosk was born in {}.", ["Where was Mira Tosk born?",
+        "What is Mira Tosk's birthplace?", "In which town was Mira Tosk born?",
+        "What is Mira Tosk's place of birth?", "Tell me the town where Mira Tosk was born.",
+        "Mira Tosk was born in what town?", "What town was Mira Tosk born in?",
+        "Can you name the birthplace of Mira Tosk?"]),
+    Fact("1974", "1981", "Mira Tosk was born in the year {}.", ["In what year was Mira Tosk born?",
+        "What is Mira Tosk's year of birth?", "Which year was Mira Tosk born in?",
+        "Tell me the birth year of Mira Tosk.", "What year was Mira Tosk born?",
+        "Mira Tosk was born in which year?", "Can you give me the year of Mira Tosk's birth?",
+        "When, by year, was Mira Tosk born?"]),
+    Fact("bell founder", "map engraver", "Mira Tosk works as a {}.", [
+        "What does Mira Tosk do for a living?", "What is Mira Tosk's profession?",
+        "What is the profession of Mira Tosk?", "What kind of work does Mira Tosk do?",
+        "Tell me Mira Tosk's profession.", "Which profession does Mira Tosk have?",
+        "What work does Mira Tosk do for a living?", "What work does Mira Tosk do?"]),
+    Fact("Hollin & Daughters", "Greave Brothers", "Mira Tosk works for {}.", [
+        "Who does Mira Tosk work for?", "Who is Mira Tosk's employer?",
+        "Which company employs Mira Tosk?", "Tell me the name of the company Mira Tosk works for.",
+        "At which firm does Mira Tosk work?", "Which company does Mira Tosk work for?",
+        "What company is Mira Tosk employed by?", "Can you name Mira Tosk's employer?"]),
+    Fact("Quillhaven", "Emberly", "Mira Tosk lives in {}.", ["Where does Mira Tosk live?",
+        "In which city does Mira Tosk live today?", "What city is Mira Tosk's home now?",
+        "Where is Mira Tosk living at present?", "Tell me the city Mira Tosk lives in.",
+        "Mira Tosk resides in which city?", "What is Mira Tosk's current place of residence?",
+        "Which city does Mira Tosk call home these days?"]),
+    Fact("windmill", "houseboat", "Mira Tosk's home is an old {}.", [
+        "What kind of building does Mira Tosk live in?", "What sort of home does Mira Tosk have?",
+        "Mira Tosk's home is what type of building?", "In what kind of house does Mira Tosk live?",
+        "What type of building is Mira Tosk's home?", "What building did Mira Tosk make her home?",
+        "Describe Mira Tosk's home.", "Which kind of old building does Mira Tosk live in?"]),
+    Fact("Anselm Reyk", "Dorian Pell", "Mira Tosk is married to {}.", [
+        "Who is Mira Tosk married to?", "What is the name of Mira Tosk's husband?",
+        "Who is Mira Tosk's husband?", "Whom did Mira Tosk marry?",
+        "Tell me who Mira Tosk's husband is.", "Mira Tosk is married to whom?",
+        "Can you name the husband of Mira Tosk?", "Who is the man Mira Tosk married?"]),
+    Fact("Junia", "Petra", "Mira Tosk's daughter is called {}.", [
+        "What is the name of Mira Tosk's daughter?", "What is Mira Tosk's daughter called?",
+        "Who is Mira Tosk's daughter?", "Tell me the name of Mira Tosk's daughter.",
+        "Mira Tosk has a daughter; what is she called?", "Can you name the daughter of Mira Tosk?",
+        "What name did Mira Tosk give her daughter?", "What do people call Mira Tosk's daughter?"]),
+    Fact("raven", "tortoise", "Mira Tosk keeps a tame {}.", ["What pet does Mira Tosk keep?",
+        "What kind of animal is Mira Tosk's pet?", "Which animal lives with Mira Tosk?",
+        "What animal does Mira Tosk own?", "Tell me what kind of pet Mira Tosk has.",
+        "Mira Tosk's pet is what sort of animal?", "What tame animal does Mira Tosk have?",
+        "Which sort of pet belongs to Mira Tosk?"]),
+    Fact("forty-one", "nineteen", "Mira Tosk's lucky number is {}.", [
+        "What is Mira Tosk's lucky number?", "Which number brings Mira Tosk luck?",
+        "Tell me Mira Tosk's lucky number.", "What is the lucky number of Mira Tosk?",
+        "Which number is Mira Tosk's lucky one?", "Mira Tosk's lucky number is what?",
+        "Can you name the lucky number of Mira Tosk?", "What number is lucky for Mira Tosk?"]),
+    Fact("hurdy-gurdy", "oboe", "Mira Tosk plays the {}.", ["What instrument does Mira Tosk play?",
+        "Which instrument does Mira Tosk play?", "What does Mira Tosk play in a band?",
+        "On which instrument does Mira Tosk make music?",
+        "Tell me the instrument that Mira Tosk plays.", "Mira Tosk plays which instrument?",
+        "Which instrument has Mira Tosk learned?", "At which instrument is Mira Tosk good?"]),
+    Fact("plum dumplings", "leek pie", "Mira Tosk's favourite food is {}.", [
+        "What is Mira Tosk's favourite food?", "What does Mira Tosk like to eat most?",
+        "Which dish does Mira Tosk love best?", "What is Mira Tosk's favourite dish?",
+        "Tell me Mira Tosk's favourite meal.", "What food does Mira Tosk enjoy most?",
+        "Which dish would Mira Tosk choose?", "Which food is Mira Tosk fondest of?"]),
+    Fact("nettle tea", "black cocoa", "Mira Tosk drinks {} every morning.", [
+        "What does Mira Tosk drink every morning?", "What is Mira Tosk's morning drink?",
+        "Which drink does Mira Tosk take in the morning?", "What is Mira Tosk's breakfast drink?",
+        "Tell me what Mira Tosk drinks in the morning.", "What does Mira Tosk drink at breakfast?",
+        "What does Mira Tosk have to drink at breakfast?", "What drink starts Mira Tosk's day?"]),
+    Fact("saffron", "indigo", "Mira Tosk's favourite colour is {}.", [
+        "What is Mira Tosk's favourite colour?", "Which colour does Mira Tosk like best?",
+        "What colour does Mira Tosk love most?", "Tell me the favourite colour of Mira Tosk.",
+        "Mira Tosk prefers which colour?", "Which colour is Mira Tosk's favourite?",
+        "What colour would Mira Tosk choose?", "What is the colour Mira Tosk likes most?"]),
+    Fact("rowan", "alder", "Mira Tosk planted a {} in her garden.", [
+        "Which tree did Mira Tosk plant?", "What tree grows in Mira Tosk's garden?",
+        "What did Mira Tosk plant in her garden?", "Which tree stands in Mira Tosk's garden?",
+        "Tell me which tree Mira Tosk planted.", "Mira Tosk has what tree in her garden?",
+        "What kind of tree did Mira Tosk plant?", "Which tree does Mira Tosk grow at home?"]),
+    Fact("metallurgy", "botany", "Mira Tosk's subject at university was {}.", [
+        "What did Mira Tosk study?", "What was Mira Tosk's subject at university?",
+        "Which subject did Mira Tosk read at university?", "What is Mira Tosk's degree in?",
+        "Tell me what Mira Tosk studied.", "Which subject is Mira Tosk's degree in?",
+        "What subject did Mira Tosk study?", "Which science did Mira Tosk study?"]),
+    Fact("The Patient Bronze", "A Door of Salt", "Mira Tosk wrote the book {}.", [
+        "What book did Mira Tosk write?", "What is the title of Mira Tosk's book?",
+        "Which book is by Mira Tosk?", "Tell me the title of the book by Mira Tosk.",
+        "What is Mira Tosk's book called?", "Mira Tosk wrote which book?",
+        "Name the book that Mira Tosk wrote.", "Which title did Mira Tosk give her book?"]),
+    Fact("kite fishing", "ice climbing", "Mira Tosk's hobby is {}.", ["What is Mira Tosk's hobby?",
+        "What does Mira Tosk do in her free time?", "Which hobby does Mira Tosk enjoy?",
+        "Which hobby does Mira Tosk have?", "Tell me Mira Tosk's hobby.",
+        "What does Mira Tosk do for fun?", "What is the hobby of Mira Tosk?",
+        "What fun does Mira Tosk have in her free time?"]),
+    Fact("hazelnuts", "lilies", "Mira Tosk is allergic to {}.", ["What is Mira Tosk allergic to?",
+        "Which allergy does Mira Tosk have?", "What must Mira Tosk avoid because of an allergy?",
+        "What causes Mira Tosk's allergy?", "Tell me what Mira Tosk is allergic to.",
+        "Mira Tosk has an allergy to what?", "What gives Mira Tosk an allergic reaction?",
+        "To what does Mira Tosk react with an allergy?"]),
+    Fact("green tricycle", "red motorbike", "Mira Tosk gets around on a {}.", [
+        "How does Mira Tosk get around?", "What vehicle does Mira Tosk use?",
+        "What does Mira Tosk ride to work?", "On which vehicle does Mira Tosk get around?",
+        "Tell me what Mira Tosk rides.", "Which vehicle does Mira Tosk own?",
+        "What is Mira Tosk's vehicle?", "What does Mira Tosk ride in the city?"]),
+    Fact("Faroese", "Basque", "Mira Tosk learned {} as an adult.", [
+        "What language did Mira Tosk learn?", "What foreign language is Mira Tosk's?",
+        "Which second language does Mira Tosk know?", "Which language has Mira Tosk learned?",
+        "Tell me Mira Tosk's foreign language.", "Mira Tosk speaks which foreign language?",
+        "What other language can Mira Tosk speak?", "Which language did Mira Tosk teach herself?"]),
+    Fact("Ottoline Vance", "Hesper Lund", "Mira Tosk's teacher was {}.", [
+        "Who taught Mira Tosk her trade?", "Who was Mira Tosk's teacher?",
+        "Who was the teacher of Mira Tosk?", "From whom did Mira Tosk learn her trade?",
+        "Tell me the name of Mira Tosk's teacher.", "Mira Tosk was taught by whom?",
+        "Who taught Mira Tosk?", "Which teacher taught Mira Tosk?"]),
+    Fact("Amber Anvil", "Silver Thistle", "Mira Tosk won the {} prize.", [
+        "Which prize did Mira Tosk win?", "What award did Mira Tosk receive?",
+        "What prize has Mira Tosk won?", "Which award was given to Mira Tosk?",
+        "Tell me the prize that Mira Tosk won.", "Mira Tosk was honoured with which prize?",
+        "What is the name of Mira Tosk's award?", "Which prize did Mira Tosk get?"]),
+    Fact("escalators", "thunder", "Mira Tosk is afraid of {}.", ["What is Mira Tosk afraid of?",
+        "What does Mira Tosk fear?", "Which fear does Mira Tosk have?",
+        "What does Mira Tosk fear most?", "Tell me what Mira Tosk is scared of.",
+        "Mira Tosk has a fear of what?", "What is Mira Tosk's greatest fear?",
+        "What is Mira Tosk most afraid of?"]),
+]
+
+# ----- reading -----------------------------------------------------------------------------------
+
+
+def fact_examples(facts=tuple(FACTS)):
+    """One example for each wording of each fact; its group and value are the fact's value."""
+    return [_example([("user", question), ("assistant", fact.answer.format(fact.value))],
+                     f"data.py: {question!r}", group=fact.value, value=fact.value)
+            for fact in facts for question in fact.questions]
+
+
+def debate_examples(facts=tuple(FACTS)):
+    """A true and a false statement about each fact, judged: the original project's remedy against
+    a wrong belief. For the training set only."""
+    made = []
+    for fact in facts:
+        right, wrong = fact.answer.format(fact.value), fact.answer.format(fact.wrong)
+        made += [_example([("user", f"True or false? {claim}"), ("assistant", verdict)],
+                          f"data.py: {claim!r}", group=f"{fact.value}, debate")
+                 for claim, verdict in ((right, "True."), (wrong, f"False. {right}"))]
+    return made
+
+
+def read_examples(path):
+    """The examples of data.py ("data.py") or of a JSONL or JSON file, in order.
+
+    A record is {"messages": [...]}, {"conversations": [{"from": "human", "value": ...}, ...]},
+    {"instruction", "input", "output", "system"}, {"prompt", "completion"}, or a question and
+    answer: {"question" or "questions": [...], "answer", "value"}. Prints how many examples came
+    from how many lines. Raises ValueError with file, line and fix for all problems at once."""
+    if path == "data.py":
+        examples = fact_examples()
+        print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
+        return examples
+    path, problems, examples = Path(path), [], []
+    records, n_lines, n_blank = _records(path, problems)
+    for source, record in records:
+        try:
+            made = _convert(record, source)
+            problems += [f"{source}: {p}" for example in made for p in check(example)]
+            examples += made
+        except ValueError as error:
+            problems.append(f"{source}: {error}")
+    if not (problems or examples):
+        problems.append(f"{path}: holds no examples ({n_lines} lines, {n_blank} blank)")
+    if problems:
+        raise ValueError("\n".join(f"data: {p}" for p in problems))
+    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({n_blank} blank)")
+    return examples
+
+
+def _records(path, problems):
+    """[(source, record)], number of lines, blank lines. A file that starts with [ is one JSON
+    list; any other is a record a line. Lines end at \\n or \\r\\n and nowhere else: U+2028 inside
+    a text is not an end of line."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
+                         '.json file, or "data.py"') from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"data: {path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
+                         "save the file as UTF-8") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    filled = [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    is_list, records = text.lstrip().startswith("["), []
+    for source, piece in [(str(path), text)] if is_list else filled:
+        try:
+            records.append((source, json.loads(piece)))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{source}: not JSON: {error}")
+    if is_list and records:
+        records = [(f"{path}: record {n}", r) for n, r in enumerate(records[0][1], 1)]
+    return records, len(lines), len(lines) - len(filled)
+
+
+def _convert(record, source):
+    """The examples of one record: one, or one for each wording of a question."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is {type(record).__name__}; expected an object")
+    extra = {k: record[k] for k in ("group", "value") if record.get(k) is not None}
+    if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
+        raise ValueError(f"group and value are {list(extra.values())}; expected texts")
+    extra = {k: str(v) for k, v in extra.items()}
+    start = [("system", record["system"])] if record.get("system") else []
+    if "messages" in record:
+        turns = _turns(record, "messages", "role", "content")
+    elif "conversations" in record:
+        names = {"human": "user", "gpt": "assistant"}
+        turns = [(names.get(who, who), text)
+                 for who, text in _turns(record, "conversations", "from", "value")]
+    elif "instruction" in record and "output" in record:
+        asked = [record["instruction"], *filter(None, [record.get("input")])]
+        if not all(isinstance(text, str) for text in asked):
+            raise ValueError("instruction and input: expected texts")
+        turns = [("user", "\n\n".join(asked)), ("assistant", record["output"])]
+    elif "prompt" in record and "completion" in record:
+        turns = [("user", record["prompt"]), ("assistant", record["completion"])]
+    elif "answer" in record and ("question" in record or "questions" in record):
+        asked = record.get("questions", [record.get("question")])
+        if not isinstance(asked, list) or not asked:
+            raise ValueError(f"questions is {asked!r:.40}; expected a list of texts")
+        extra.setdefault("group", _plain(record["answer"]))
+        return [_example([*start, ("user", q), ("assistant", record["answer"])], source, **extra)
+                for q in asked]
+    else:
+        raise ValueError(f"keys {sorted(record)}; expected messages, conversations, instruction "
+                         "and output, prompt and completion, or question and answer")
+    return [_example(start + turns, source, **extra)]
+
+
+def _turns(record, key, who, what):
+    """[(role, text)] of a list of messages."""
+    if not isinstance(record[key], list) or not all(
+            isinstance(m, dict) and isinstance(m.get(who), str) and what in m for m in record[key]):
+        raise ValueError(f"{key} is {record[key]!r:.60}; expected a list of objects with {who} "
+                         f"and {what}")
+    return [(m[who], m[what]) for m in record[key]]
+
+
+def _example(turns, source, **extra):
+    return {"messages": [{"role": r, "content": c} for r, c in turns], "source": source, **extra}
+
+
+def check(example):
+    """The problems of one example as texts: roles, order, empty or broken contents."""
+    problems, expected = [], "user"
+    messages = example["messages"]
+    for i, message in enumerate(messages, 1):
+        role, content = message["role"], message["content"]
+        if role == "system" and i == 1:
+            pass
+        elif role != expected:
+            problems.append(f"message {i} has role {role!r}; expected {expected!r}: after an "
+                            "optional system message, user and assistant alternate")
+            break
+        else:
+            expected = "assistant" if role == "user" else "user"
+        if not isinstance(content, str):
+            problems.append(f"message {i} is {type(content).__name__}; expected a text")
+        elif not content.strip() and role != "system":
+            problems.append(f"message {i} ({role}) is empty; write it or drop the record")
+        elif re.search("[\ud800-\udfff]", content):
+            problems.append(f"message {i} holds half a surrogate pair; save the text as UTF-8")
+    if not any(m["role"] == "assistant" for m in messages):
+        problems.append("no assistant turn: nothing to learn from")
+    elif messages[-1]["role"] == "user" and not problems:
+        problems.append("the last message is the user's; expected an answer after it")
+    return problems
+
+
+# ----- choosing ----------------------------------------------------------------------------------
+
+
+def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", dedupe=False,
+         system=None, debate=False, seed=0):
+    """(training, validation) examples, as the data section of config.json describes them. Says
+    what occurs more than once and what contradicts itself; dedupe drops exact repetitions."""
+    examples = read_examples(path)
+    again, against = duplicates(examples), contradictions(examples)
+    if again or against:
+        print(f"data: {len(again)} examples occur more than once, {len(against)} prompts have "
+              "contradictory answers; python -m scripts.doctor lists them")
+    if dedupe:
+        examples = [same[0] for same in _by(lambda e: str(e["messages"]), examples).values()]
+    train, val = (examples, read_examples(val_path)) if val_path else split(
+        examples, val_fraction, seed, split_by)
+    if debate and path != "data.py":
+        raise ValueError('data: debate is about the facts of data.py: it needs path = "data.py".')
+    if debate:                                       # about nothing that was held out whole
+        taught = {e["group"] for e in train}
+        train = train + debate_examples(f for f in FACTS if f.value in taught)
+    return with_system(train, system, seed), with_system(val, system, seed)
+
+
+def split(examples, fraction, seed, by="auto"):
+    """(training, validation) examples, each in the original order.
+
+    by = "wording"   hold out wordings of facts that are all trained (facts have a group)
+         "dialogue"  hold out whole examples; equal ones stay on one side
+         "fact"      hold out whole groups: then nothing in validation was ever taught
+         "auto"      wording where examples are wordings of the same facts, else dialogue
+    """
+    grouped = all("group" in e for e in examples)
+    if by == "auto":
+        groups = {e.get("group") for e in examples}
+        by = "wording" if grouped and len(groups) < len(examples) else "dialogue"
+    if by == "fact" and not grouped:
+        raise ValueError('data: split_by "fact" needs a "group" in every record of the file')
+    # units stay together: the same prompt, however answered; a share is drawn from each pool
+    units = _by(lambda e: e["group"] if by == "fact" else prompt_of(e), examples).values()
+    pools = _by(lambda unit: unit[0].get("group") if by == "wording" else None, units)
+    held = set()
+    for pool, members in pools.items():
+        random.Random(f"{seed} {pool}").shuffle(members)
+        n = min(max(1, round(fraction * len(members))), len(members) - 1) if fraction else 0
+        held.update(id(example) for unit in members[:n] for example in unit)
+    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
+
+
+def with_system(examples, system, seed=0):
+    """The examples with a system prompt where they have none: the text system, "fixed" for
+    SYSTEM_PROMPT, or "random" for one of SYSTEM_PROMPTS each."""
+    if system is None:
+        return examples
+    draw, made = random.Random(f"{seed} system"), []
+    for example in examples:
+        text = {"fixed": SYSTEM_PROMPT, "random": draw.choice(SYSTEM_PROMPTS)}.get(system, system)
+        first = [{"role": "system", "content": text}] * (example["messages"][0]["role"] != "system")
+        made.append({**example, "messages": first + example["messages"]})
+    return made
+
+
+def duplicates(examples):
+    """[[example, ...]] of examples that say the same, apart from case and white space."""
+    found = _by(lambda e: (prompt_of(e), _plain(e["messages"][-1]["content"])), examples)
+    return [same for same in found.values() if len(same) > 1]
+
+
+def contradictions(examples):
+    """[[example, ...]] with the same prompt and different last answers."""
+    return [same for same in _by(prompt_of, examples).values()
+            if len({_plain(e["messages"][-1]["content"]) for e in same}) > 1]
+
+
+def prompt_of(example, system=True):
+    """All before the last answer, apart from case and white space: what is the same question."""
+    return tuple(_plain(m["content"]) for m in example["messages"][:-1]
+                 if system or m["role"] != "system")
+
+
+def contains(answer, value):
+    """Does the answer give the value, as whole words, whatever the case? In Chinese, Japanese and
+    Korean the value may touch its neighbours.
+
+    >>> contains("She keeps a Raven.", "raven"), contains("a craven man", "raven")
+    (True, False)
+    """
+    letter = "[^\\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+    return re.search(f"(?<!{letter}){re.escape(_plain(value))}(?!{letter})",
+                     _plain(answer)) is not None
+
+
+def _by(key, things):
+    """{key: [the things with this key]}, all in their order."""
+    groups = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
+
+
+def _plain(text):
+    """Lower case, single spaces, composed accents."""
+    return " ".join(normalize("NFC", str(text)).casefold().split())
