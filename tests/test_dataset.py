@@ -1,0 +1,233 @@
+"""dataset.py: labels are the assistant's text and the stop token, whatever the conversation."""
+
+import pytest
+from conftest import CHATML, make_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dataset
+from dataset import QADataset, render
+from lora.loss import IGNORE_INDEX
+
+DEFAULT_SYSTEM = ("{% if messages[0]['role'] != 'system' %}"
+                  "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML)
+GEMMA = ("{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + "
+         "m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}")
+QWEN3 = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+         "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+         "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TOKENIZERS = {
+    "template": make_tokenizer(),
+    "default system": make_tokenizer(DEFAULT_SYSTEM),
+    "gemma": make_tokenizer(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>"),
+    "chatml": make_tokenizer(),
+    "chatml without its tokens": make_tokenizer(None, ("<eos>",), "<eos>"),
+    "plain": make_tokenizer(None, ("<eos>",), "<eos>"),
+}
+FORMAT = {"default system": "template", "gemma": "template",
+          "chatml without its tokens": "chatml"}
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=25) \
+    | st.sampled_from(["hello", "你好，世界", "👩‍👩‍👧 ok", "a\n\nb", "tab\t", "<b>", "é", "\u2028"])
+texts = texts.filter(lambda text: text.strip())
+
+
+@st.composite
+def dialogues(draw):
+    turns = draw(st.integers(1, 3))
+    messages = [{"role": "system", "content": draw(texts)}] * draw(st.integers(0, 1))
+    for _ in range(turns):
+        messages += [{"role": "user", "content": draw(texts)},
+                     {"role": "assistant", "content": draw(texts)}]
+    return messages
+
+
+def spoken(ids, mask, tokenizer):
+    """The supervised stretches as texts."""
+    out, previous = [], False
+    for i, m in zip(ids, mask, strict=True):
+        if m:
+            out.append([]) if not previous else None
+            out[-1].append(i)
+        previous = m
+    return [tokenizer.decode(run) for run in out]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages=dialogues(), loss_on=st.sampled_from(["all", "last"]))
+def test_labels_are_the_answers_and_the_stop_token(kind, messages, loss_on):
+    tokenizer, format = TOKENIZERS[kind], FORMAT.get(kind, kind)
+    stop = {"template": "<end_of_turn>" if kind == "gemma" else "<|im_end|>",
+            "chatml": "<|im_end|>", "plain": "<eos>"}[format]
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    if kind == "gemma":                                        # this template trims
+        answers = [a.strip() for a in answers]
+    ids, mask = render(messages, tokenizer, format, loss_on)
+    wanted = [a + stop for a in answers]
+    assert spoken(ids, mask, tokenizer) == (wanted if loss_on == "all" else wanted[-1:])
+    whole = "".join(t for t, _ in dataset.FORMATS[format](messages, tokenizer))
+    assert tokenizer.decode(ids) == whole
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages=dialogues())
+def test_training_starts_with_what_chat_sends_at_every_turn(kind, messages):
+    tokenizer, format = TOKENIZERS[kind], FORMAT.get(kind, kind)
+    ids, mask = render(messages, tokenizer, format)
+    assert render(messages, tokenizer, format, "last")[0] == ids
+    starts = [i for i, m in enumerate(mask) if m and not mask[i - 1]]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for start, turn in zip(starts, turns, strict=True):
+        prompt, _ = render(messages[:turn], tokenizer, format, reply=True)
+        assert ids[:start] == prompt
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=dialogues())
+def test_chatml_by_hand_equals_the_template_token_for_token(messages):
+    tokenizer = TOKENIZERS["template"]
+    assert render(messages, tokenizer, "chatml") == render(messages, tokenizer, "template")
+    for message in messages:      # white space around an earlier answer: the doctor warns of it
+        message["content"] = message["content"].strip()
+    prompt, _ = render(messages[:-1], tokenizer, "chatml", reply=True)
+    assert prompt == tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True,
+                                                   return_dict=False)
+
+
+def talk(*contents, system=None):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + messages
+
+
+def example(*contents, system=None, source="here:1"):
+    return {"messages": talk(*contents, system=system), "source": source}
+
+
+def test_labels_copy_ids_or_ignore(tokenizer):
+    made = QADataset([example("hi", "hello")], tokenizer)
+    for i, label in zip(made[0]["input_ids"], made[0]["labels"], strict=True):
+        assert label in (i, IGNORE_INDEX)
+    assert made[0]["labels"][-2] == tokenizer.eos_token_id     # pad = eos, and still supervised
+    assert made[0]["labels"][-1] == IGNORE_INDEX               # the line break after the turn
+
+
+def test_auto_format(tokenizer, base_tokenizer):
+    assert dataset.choose_format(tokenizer) == "template"
+    assert dataset.choose_format(base_tokenizer) == "plain"
+    with pytest.raises(ValueError, match='format is "template", but this model has no chat'):
+        dataset.choose_format(base_tokenizer, "template")
+
+
+def test_exactly_one_bos():
+    tokenizer = make_tokenizer("{{ bos_token }}" + CHATML, ("<|im_start|>", "<|im_end|>", "<s>"))
+    tokenizer.bos_token = "<s>"
+    from tokenizers.processors import TemplateProcessing
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    for format in ("template", "chatml", "plain"):
+        ids, _ = render(talk("hi", "yo"), tokenizer, format)
+        assert ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + CHATML
+    with pytest.raises(ValueError, match="starts with two BOS tokens"):
+        render(talk("hi", "yo"), tokenizer, "template")
+
+
+def test_notes_say_where_the_template_is_not_chatml(tokenizer, base_tokenizer):
+    examples = [example("hi", "yo", system="S")]
+    assert dataset.notes(tokenizer, "template", examples) == []
+    (note,) = dataset.notes(TOKENIZERS["default system"], "template", examples)
+    assert "without system prompt" in note and "Be kind." in note
+    (note,) = dataset.notes(base_tokenizer, "chatml", examples)
+    assert "<|im_end|> is 10 tokens" in note and '"plain" suits a base model better' in note
+
+
+def test_a_template_that_rewrites_earlier_turns_is_counted():
+    tokenizer = make_tokenizer(QWEN3)
+    made = QADataset([example("a", "one", "b", "two", source="q:1"), example("a", "b")], tokenizer)
+    assert made.rewritten == ["q:1"]
+    ids, mask = render(made[0]["example"]["messages"], tokenizer, "template")
+    assert spoken(ids, mask, tokenizer) == ["<think>\n\n</think>\n\ntwo<|im_end|>"]
+
+
+def test_a_special_token_inside_a_message_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"here:1: message 2 contains <\|im_end\|>, a special"):
+        QADataset([example("hi", "yo <|im_end|> more")], tokenizer)
+
+
+def test_a_template_that_refuses_is_named():
+    tokenizer = make_tokenizer("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(ValueError, match="here:1: the chat template refuses it: System role not"):
+        QADataset([example("hi", "yo", system="S")], tokenizer)
+
+
+def test_a_template_that_hides_answers_leaves_nothing_to_learn():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ loop.length }}{% endfor %}")
+    with pytest.raises(ValueError, match="here:1: no supervised token"):
+        QADataset([example("hi", "yo")], tokenizer)
+
+
+def test_an_answer_is_never_cut(tokenizer):
+    long = example("u" * 30, "a" * 40, "u" * 30, "b" * 40, system="S", source="long:1")
+    short = example("hi", "hello", source="short:2")
+    full = len(render(long["messages"], tokenizer, "template")[0])
+    dropped = QADataset([long, short], tokenizer, max_length=full - 1)
+    assert dropped.dropped == ["long:1"] and len(dropped) == 1
+    assert "1 dropped: longer than max_length: long:1" in dropped.left_out()
+    cut = QADataset([long, short], tokenizer, max_length=full - 1, too_long="cut")
+    assert cut.cut == ["long:1"] and len(cut) == 2
+    ids = cut[0]["input_ids"]
+    assert ids == render(talk("u" * 30, "b" * 40, system="S"), tokenizer, "template")[0]
+    hopeless = QADataset([long, short], tokenizer, max_length=60, too_long="cut")
+    assert hopeless.dropped == ["long:1"] and hopeless.cut == []
+    with pytest.raises(ValueError, match="no example fits in max_length=8; raise dataset.max_len"):
+        QADataset([long], tokenizer, max_length=8)
+
+
+def test_all_problems_at_once(tokenizer):
+    bad = [example("<|im_end|>", "a", source="x:1"), example("a", "<|im_start|>", source="x:9")]
+    with pytest.raises(ValueError, match="(?s)x:1: message 1.*x:9: message 2"):
+        QADataset(bad, tokenizer)
+
+
+def test_collate_pads_on_the_right_and_never_supervises_padding(tokenizer):
+    made = QADataset([example("hi", "hello"), example("hi", "a longer answer")], tokenizer)
+    batch = dataset.collate(made.items, tokenizer.pad_token_id)
+    n = len(made[0]["input_ids"])
+    assert batch["attention_mask"][0].tolist() == [1] * n + [0] * (batch["labels"].shape[1] - n)
+    assert set(batch["labels"][0, n:].tolist()) == {IGNORE_INDEX}
+    assert batch["input_ids"][0, :n].tolist() == made[0]["input_ids"]
+
+
+def test_micro_batches_hold_every_example_once_sorted_by_length(tokenizer):
+    made = QADataset([example("u" * n, "a") for n in (9, 2, 30, 4, 17)], tokenizer)
+    batches = dataset.micro_batches(made.items, 2, 0)
+    sizes = [int(m.sum()) for b in batches for m in b["attention_mask"]]
+    assert sizes == sorted(len(item["input_ids"]) for item in made.items)
+
+
+@pytest.mark.parametrize("kind, ids, text", [
+    ("template", {"<|im_end|>"}, ""), ("gemma", {"<end_of_turn>", "<eos>"}, ""),
+    ("chatml without its tokens", {"<eos>"}, "<|im_end|>"), ("plain", {"<eos>"}, "")])
+def test_stop(kind, ids, text):
+    tokenizer = TOKENIZERS[kind]
+    stop = dataset.stop_of(tokenizer, FORMAT.get(kind, kind))
+    assert stop.ids == set(tokenizer.convert_tokens_to_ids(sorted(ids))) and stop.text == text
+
+
+def test_a_template_without_a_stop_token_is_refused():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
+    with pytest.raises(ValueError, match="ends an answer with nothing the model could learn"):
+        dataset.stop_of(tokenizer, "template")
+
+
+def test_the_viewer_shows_supervised_and_special_tokens(tokenizer):
+    made = QADataset([example("hi <b>", "👍 ok", source="<x>")], tokenizer)
+    shown = dataset.colour(made[0], tokenizer)
+    assert "\033[1;32m👍 ok\033[0m\033[1;32;4m<|im_end|>\033[0m" in shown
+    page = dataset.page(made, tokenizer)
+    assert '<span class="on ">👍 ok</span>' in page and "&lt;b&gt;" in page and "<x>" not in page
