@@ -1,0 +1,68 @@
+"""
+AdamW and the learning-rate schedule, by hand.
+
+    optimizer = AdamW(parameters, weight_decay=0.01)
+    optimizer.step(lr_at(step, peak=1e-3, warmup=10, total=200))
+"""
+
+import math
+
+import torch
+
+
+class AdamW:
+    """m = b1 m + (1 - b1) g            the mean of recent gradients
+    v = b2 v + (1 - b2) g^2             and of their squares
+    p = p - lr wd p                     decoupled decay: not part of g, so not rescaled by v
+    p = p - lr m' / (sqrt(v') + eps)    m' = m / (1 - b1^t), v' = v / (1 - b2^t): the means start
+                                        at zero and would be too small in the first steps
+
+    Kingma & Ba 2014, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2017, arXiv:1711.05101,
+    algorithm 2. Moments are kept in the parameters' own dtype (float32 for adapters).
+    """
+
+    def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        self.parameters = list(parameters)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.t = 0
+        self.m = [torch.zeros_like(p) for p in self.parameters]
+        self.v = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr):
+        """One update with the gradients in .grad; a parameter without one is left alone."""
+        self.t += 1
+        b1, b2 = self.betas
+        correct1, correct2 = 1 - b1**self.t, 1 - b2**self.t
+        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
+            if p.grad is None:
+                continue
+            m.mul_(b1).add_(p.grad, alpha=1 - b1)
+            v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+            p.mul_(1 - lr * self.weight_decay)
+            p.addcdiv_(m, (v / correct2).sqrt_().add_(self.eps), value=-lr / correct1)
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+
+def lr_at(step, *, peak, warmup, total, schedule="cosine", floor=0.0):
+    """The learning rate of update number step (0 is the first).
+
+    >>> [lr_at(s, peak=1.0, warmup=1, total=5, schedule="linear") for s in range(5)]
+    [0.5, 1.0, 0.75, 0.5, 0.25]
+    """
+    # 1) linear warm-up; step + 1, so that the first update is not wasted at lr = 0
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    # 2) past the end, hold the floor
+    if step >= total:
+        return floor
+    # 3) from peak down to floor
+    done = (step - warmup) / (total - warmup)                  # 0 .. 1
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return floor + (peak - floor) * (1 - done)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
