@@ -1,0 +1,105 @@
+"""
+loss.png: training and validation loss over steps, the best step marked; below it recall where it
+was measured, and the learning rate. loss-dark.png is the same for a dark page.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LIGHT = {"paper": "#ffffff", "ink": "#24292f", "faint": "#d0d7de",
+         "train": "#3b82c4", "val": "#d9622b", "recall": "#2e9d5a", "lr": "#8b8f98"}
+DARK = {"paper": "#0d1117", "ink": "#d6dce4", "faint": "#30363d",
+        "train": "#6cb0ee", "val": "#ff9e64", "recall": "#58c98a", "lr": "#7d848e"}
+
+
+def draw(run):
+    """Write loss.png and loss-dark.png into a run's folder; returns the path of the first.
+
+    Raises ValueError if there is no metrics.jsonl or nothing in it to draw.
+    """
+    lines = read_metrics(Path(run) / "metrics.jsonl")
+    for name, colours in (("loss-dark.png", DARK), ("loss.png", LIGHT)):
+        figure = curves(lines, Path(run).name, colours)
+        figure.savefig(Path(run) / name, dpi=150, facecolor=colours["paper"])
+        plt.close(figure)
+    return Path(run) / "loss.png"
+
+
+def read_metrics(file):
+    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    try:
+        texts = file.read_text(encoding="utf-8").rstrip().split("\n")
+    except OSError as error:
+        raise ValueError(f"plots: {file}: cannot be read ({error.strerror})") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise ValueError(f"plots: {file}:{number}: not JSON") from error
+    if not any("loss" in line for line in lines):
+        raise ValueError(f"plots: {file}: holds no training step yet")
+    return lines
+
+
+def smooth(values):
+    """Centred moving average over a tenth of the run: it does not lag behind, as a trailing one
+    would."""
+    half = max(1, len(values) // 20)
+    return [sum(near) / len(near) for near in (
+        values[max(0, i - half):i + half + 1] for i in range(len(values)))]
+
+
+def curves(lines, title, colours):
+    """A figure of one run: a panel each for loss, recall (if measured) and learning rate."""
+    train = [line for line in lines if "loss" in line]
+    val = [line for line in lines if "val_loss" in line]
+    recall = [line for line in lines if "recall" in line]
+    ink = colours["ink"]
+    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
+                                       "ytick.color"), ink))
+    heights = (4, 1.4, 1) if recall else (4, 1)
+    figure, panels = plt.subplots(len(heights), 1, figsize=(8, 1.1 * sum(heights)), sharex=True,
+                                  layout="constrained", height_ratios=heights)
+    top, low = panels[0], panels[-1]
+    steps, losses = [e["step"] for e in train], [e["loss"] for e in train]
+    top.plot(steps, losses, color=colours["train"], alpha=0.3, lw=1)
+    top.plot(steps, smooth(losses), color=colours["train"], lw=2, label="training (smoothed)")
+    dots = {"marker": "o", "ms": 4, "lw": 2, "clip_on": False}
+    if val:
+        top.plot([e["step"] for e in val], [e["val_loss"] for e in val], color=colours["val"],
+                 label="validation", **dots)
+    if recall:
+        panels[1].plot([e["step"] for e in recall], [100 * e["recall"] for e in recall],
+                       color=colours["recall"], **dots)
+        panels[1].set(ylabel="recall (%)", ylim=(0, 104))
+    low.plot(steps, [e["lr"] for e in train], color=colours["lr"], lw=1.5)
+    low.set(ylabel="learning rate", xlabel="step (one optimizer update)",
+            xlim=(0, lines[-1]["step"]), ylim=(0, 1.1 * max(e["lr"] for e in train)))
+    low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    top.set(ylabel="loss (nats per supervised token)",
+            ylim=(0, 1.05 * max([*losses, *(e["val_loss"] for e in val)])))
+    top.set_title(title, loc="left", fontweight="bold", color=ink)
+    top.legend(loc="center right", frameon=False)
+
+    best = next((line for line in reversed(lines) if line.get("best")), None)
+    if best:
+        left = best["step"] < lines[-1]["step"] / 2             # the text stays inside the figure
+        top.annotate(f"best adapter: step {best['step']}\nvalidation {best['val_loss']:.3g}",
+                     (best["step"], 1), (6 if left else -6, -4), textcoords="offset points",
+                     xycoords=("data", "axes fraction"), ha="left" if left else "right", va="top")
+    for panel in panels:
+        if best:
+            panel.axvline(best["step"], color=ink, lw=1, ls=":")
+        panel.set_facecolor(colours["paper"])
+        panel.grid(axis="y", color=colours["faint"], lw=0.8)
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+    figure.align_ylabels()
+    return figure

@@ -1,0 +1,115 @@
+"""Curves are drawn from metrics.jsonl alone, always the same way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plots.figures import LIGHT, curves, draw, plt, read_metrics, smooth
+
+ROOT = Path(__file__).resolve().parents[1]
+EMPTY = {"step": 0, "val_loss": 2.1, "val_accuracy": 0.4, "recall": 0.0}
+TRAIN = [{"step": i, "epoch": 1, "loss": 2 / i, "accuracy": 0.5, "lr": 0.001, "grad_norm": 1.0,
+          "tokens_per_s": 10.0, "seconds": 1.0, "peak_memory_gib": None} for i in (1, 2, 3)]
+EPOCH = {"step": 3, "epoch": 1, "epoch_loss": 1.2, "epoch_accuracy": 0.5}
+VAL = {"step": 2, "val_loss": 1.0, "val_accuracy": 0.6, "recall": 0.5, "best": True}
+WORSE = {"step": 3, "val_loss": 1.1, "val_accuracy": 0.6, "recall": 0.4, "best": False}
+WHOLE = [EMPTY, *TRAIN[:2], VAL, TRAIN[2], EPOCH, WORSE]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def run_folder(folder, lines, end=""):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + end)
+    return folder
+
+
+def without(key):
+    return [{k: v for k, v in line.items() if k != key} for line in WHOLE]
+
+
+def test_draws_a_light_and_a_dark_picture_and_the_same_bytes_again(tmp_path):
+    run, pictures = run_folder(tmp_path / "demo", WHOLE), []
+    for folder in (run, str(run)):
+        assert draw(folder) == run / "loss.png"
+        pictures.append([(run / name).read_bytes() for name in ("loss.png", "loss-dark.png")])
+    assert all(p.startswith(b"\x89PNG") for p in pictures[0]) and len(set(pictures[0])) == 2
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("lines", [
+    TRAIN, TRAIN[:1], [EMPTY, TRAIN[0]], without("recall"), without("best"), WHOLE[:-1],
+    [*TRAIN, EPOCH], [{**line, "lr": 1e-9} for line in TRAIN],
+    [*TRAIN[:2], {**TRAIN[2], "loss": 1e6}]])
+def test_draws_what_is_there(lines):
+    figure = curves(lines, "demo", LIGHT)
+    figure.set_dpi(40)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("cut", ['{"step": 4, "lo', "{", '{"step": 4, "loss": 1.0', "\n"])
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, cut):
+    run = run_folder(tmp_path / "demo", WHOLE, cut)
+    assert read_metrics(run / "metrics.jsonl") == WHOLE
+
+
+def panels(lines):
+    return curves(lines, "demo", LIGHT).axes
+
+
+def test_curves_show_what_was_measured():
+    top, recall, low = panels(WHOLE)
+    assert [line.get_label() for line in top.lines[1:3]] == ["training (smoothed)", "validation"]
+    assert list(top.lines[0].get_ydata()) == [2, 1, 2 / 3]
+    assert [tuple(point) for point in recall.lines[0].get_xydata()] == [(0, 0), (2, 50), (3, 40)]
+    assert list(low.lines[0].get_ydata()) == [0.001] * 3
+    assert any("step 2\n" in text.get_text() for text in top.texts)
+    assert len(panels(without("recall"))) == 2 and not panels(TRAIN)[0].texts
+
+
+def test_the_last_best_line_is_the_best():
+    assert "step 3\n" in panels([*WHOLE[:-1], {**WORSE, "best": True}])[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 100])
+def test_smoothing_keeps_length_and_a_straight_line(n):
+    assert smooth([3.0] * n) == [3.0] * n
+    half = max(1, n // 20)
+    rising = smooth(list(range(n)))
+    assert rising[half:n - half] == list(range(half, n - half))
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "cannot be read"), ("", "no training step yet"),
+    (json.dumps(EMPTY) + "\n", "no training step yet"),
+    (json.dumps(TRAIN[0]) + '\n{"step": \n' + json.dumps(TRAIN[1]) + "\n", ":2: not JSON")])
+def test_what_cannot_be_drawn_is_a_value_error(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=f"metrics.jsonl.*{words}"):
+        draw(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_draws_and_fails_in_one_line(tmp_path):
+    run = run_folder(tmp_path / "demo", WHOLE)
+    done = python("-m", "plots", str(run), str(tmp_path / "none"))
+    assert done.stdout.strip() == str(run / "loss.png") and (run / "loss-dark.png").exists()
+    assert done.returncode == 1 and done.stderr.startswith("error: plots: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_plots_never_import_torch():
+    done = python("-c", "import plots.figures, sys; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
