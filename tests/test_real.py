@@ -1,0 +1,100 @@
+"""The real chat model, SmolLM2-135M-Instruct: fetched once, then a short run of everything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import data
+import dataset
+from inject import inject
+from lora import adapter, base, fetch
+from lora.surgery import lora_layers
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+METRICS = "runs/demo/metrics.jsonl"
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return fetch.find("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return base.load_tokenizer(folder)
+
+
+def test_the_fetched_folder_is_a_plain_model(folder):
+    names = {p.name for p in Path(folder).iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+            "LICENCE.txt"} <= names
+    assert "quantization_config" not in (Path(folder) / "config.json").read_text()
+    assert not list(Path(folder).parent.glob(".smollm2*"))      # nothing half-made beside it
+
+
+def test_step_zero_is_the_base_model_bit_for_bit(folder, tokenizer):
+    model = base.load_model(folder, CPU, torch.float32)
+    ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+    with torch.no_grad():
+        before = model(ids).logits
+        inject(model, r=8, lora_alpha=32)
+        assert torch.equal(model(ids).logits, before)
+    assert tokenizer.decode(before[0, -1].argmax()) == " Paris"
+
+
+def test_its_template_is_chatml_token_for_token(tokenizer):
+    for example in data.with_system(data.fact_examples(), "fixed"):
+        by_hand, own = (dataset.render(example["messages"], tokenizer, f)
+                        for f in ("chatml", "template"))
+        assert by_hand == own
+    (note,) = dataset.notes(tokenizer, "template", data.with_system(data.fact_examples(), "fixed"))
+    assert "without system prompt" in note and "named SmolLM, trained by Hugging Face" in note
+
+
+def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
+    rows = [json.dumps({"questions": f.questions, "answer": f.answer.format(f.value),
+                        "value": f.value}) for f in data.FACTS[9:12]]
+    (tmp_path / "facts.jsonl").write_text("\n".join(rows))
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+         "--data.path=facts.jsonl", "--train.batch_size=9", "--train.max_steps=10",
+         "--train.eval_every=10", "--train.warmup_steps=2"],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / METRICS).read_text().splitlines()]
+    evaluations = [x for x in lines if "recall" in x]
+    assert evaluations[0]["recall"] == 0 and evaluations[-1]["recall"] >= 0.5
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] / 3
+
+    # the adapter gives the same logits here, merged here, and in PEFT
+    folder, trained = fetch.find("smollm2-135m-instruct"), tmp_path / "runs/demo/adapter"
+    ours = base.load_model(folder, CPU, torch.float32)
+    ids = torch.tensor([base.load_tokenizer(folder)("Mira Tosk plays the").input_ids])
+    with torch.no_grad():
+        plain = ours(ids).logits
+        adapter.load(ours, trained)
+        adapted = ours(ids).logits
+        assert (adapted - plain).abs().max() > 1
+        for layer in lora_layers(ours).values():
+            layer.merge()
+        torch.testing.assert_close(ours(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+        fresh = base.load_model(folder, CPU, torch.float32)
+        theirs = peft.PeftModel.from_pretrained(fresh, trained)
+        torch.testing.assert_close(theirs.eval()(ids).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_gemma_learns_the_same_in_plain_format(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+         "--model.name=gemma-3-270m"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / METRICS).read_text().splitlines()]
+    assert max(x["recall"] for x in lines if "recall" in x) >= 0.9
