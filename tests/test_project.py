@@ -1,0 +1,119 @@
+"""The promises the project makes about itself: imports, the README, the docs, its size."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from lora import config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OURS = {"lora", "plots", "data", "inject", "dataset", "train", "scripts", "experiments",
+        "benchmarks"}
+VERBS = {"lora", "inject", "data", "dataset"}
+MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
+              "dataset": {"lora", "data"}, "train": VERBS | {"plots"}, "scripts": VERBS,
+              "experiments": VERBS | {"experiments"}, "benchmarks": VERBS | {"benchmarks"}}
+ONLY_IN = {"transformers": {"lora/base.py"}, "bitsandbytes": {"lora/quant.py"},
+           "matplotlib": {"plots/figures.py"}, "peft": set(), "trl": set()}
+
+
+def sources():
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT,
+                           capture_output=True, text=True).stdout.split("\n")
+    return [Path(n) for n in names if n and not n.startswith("tests/")]
+
+
+def imported(path):
+    """The names of all modules a file imports, ours with their top level only."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield path.parts[0] if node.level else node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_imports_point_down(path):
+    top = path.parts[0].removesuffix(".py")
+    for name in imported(path):
+        assert name not in OURS or name in MAY_IMPORT[top], f"{path} imports {name}"
+        assert path.as_posix() in ONLY_IN.get(name, {path.as_posix()}), f"{path} imports {name}"
+
+
+def test_data_needs_the_standard_library_alone():
+    import sys
+    assert set(imported(Path("data.py"))) <= sys.stdlib_module_names
+
+
+def test_the_line_budget():
+    lines = sum(len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in sources())
+    assert lines < 2300
+
+
+def fields():
+    """(key, default, values, comment) of every setting, from the dataclasses' own source."""
+    for section in dataclasses.fields(config.Config):
+        cls = section.default_factory
+        text = inspect.getsource(cls)
+        for field in dataclasses.fields(cls):
+            comment = re.search(rf"^    {field.name}: .*?  # (.+)$", text, re.M)[1]
+            values = config._name(get_type_hints(cls)[field.name])
+            yield f"{section.name}.{field.name}", json.dumps(field.default), values, comment
+
+
+def test_the_config_table_is_the_dataclasses():
+    rows = [f"| `{key}` | `{default}` | {values} | {comment} |"
+            for key, default, values, comment in fields()]
+    assert "\n".join(rows) in README, "README: the config table should be\n" + "\n".join(rows)
+
+
+def test_the_commands_of_the_readme_exist():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.split("\n")]
+    makefile = (ROOT / "Makefile").read_text()
+    seen = set()
+    for words in filter(None, commands):
+        if words[:2] == ["python", "-m"]:
+            module = ROOT.joinpath(*words[2].split("."))
+            assert words[2] in ("venv", "pytest") or module.with_suffix(".py").exists() or (
+                module / "__main__.py").exists(), words
+        elif words[0] == "python":
+            assert (ROOT / words[1]).exists(), words
+            config.take_config([w for w in words[2:] if w.startswith("--") and "." in w])
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), words
+        seen.add(words[0])
+    assert {"python", "make", "pip", "git"} <= seen
+
+
+def test_the_reading_order_names_files_with_their_line_counts():
+    rows = re.findall(r"^\| \d+ \| \[`(.+?)`\]\((.+?)\) \| (\d+) \|", README, re.M)
+    assert len(rows) >= 8
+    for name, link, lines in rows:
+        assert name == link
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - int(lines)) <= 5, f"{name} has {actual} lines, the README says {lines}"
+
+
+def test_links_lead_to_files():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)|(?:src|srcset)=\"([^\"]+)\"", text):
+            assert (page.parent / "".join(link)).exists(), f"{page.name}: {link}"
+
+
+def test_the_maths_points_at_lines_that_exist():
+    text = (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
+    pointers = re.findall(r"^- `([\w/]+\.py)`: `(.+?)`", text, re.M)
+    assert len(pointers) >= 12
+    for file, code in pointers:
+        assert code in (ROOT / file).read_text(encoding="utf-8"), f"{file}: {code}"
