@@ -52,6 +52,7 @@ def test_draws_what_is_there(lines):
     figure = curves(lines, "demo", LIGHT)
     figure.set_dpi(40)
     figure.canvas.draw()
+    assert all(panel.get_ylabel() for panel in figure.axes)
 
 
 @pytest.mark.parametrize("cut", ['{"step": 4, "lo', "{", '{"step": 4, "loss": 1.0', "\n"])
