@@ -1,7 +1,7 @@
 """
 The base model: pick a device and a dtype, load a model and its tokenizer, read a GGUF file.
 
-The only file that imports transformers. trust_remote_code stays off: nothing a folder holds runs.
+The only file that imports transformers. trust_remote_code stays off and no pickle is ever read.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def load_tokenizer(name):
 def load_model(name, device, dtype):
     """The causal language model of a folder or hub id, in eval mode."""
     with _readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     return model.to(device).eval()
 
 
