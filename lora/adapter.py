@@ -1,6 +1,6 @@
 """
-Adapters on disk, in PEFT's layout: what save() writes, PEFT, vLLM and llama.cpp read with the
-same strength; load() takes PEFT's own files.
+Adapters on disk, in PEFT's layout: PEFT reads what save() writes with the same strength, and load()
+takes PEFT's own files. (Other readers may ignore use_rslora and the patterns: llama.cpp does.)
 
     FOLDER/adapter_model.safetensors   base_model.model.<module path>.lora_A.weight  (r, d_in)
                                        base_model.model.<module path>.lora_B.weight  (d_out, r)

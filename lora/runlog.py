@@ -50,7 +50,7 @@ def write_json(file, value):
 
 
 def append(file, line):
-    """One JSON line, on disk when this returns."""
+    """One JSON line; readers see it when this returns."""
     with open(file, "a", encoding="utf-8") as out:
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
