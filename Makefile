@@ -1,11 +1,15 @@
 # Every target does its own set-up; a second call does no work twice.
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
+#   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: two hours
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN ?= runs/demo
+BENCH := $(PY) -m benchmarks.train_speed
+ARMS := trl-default,trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
+OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train test slow lint plots doctor lines clean
+.PHONY: setup train test slow lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -27,6 +31,16 @@ plots: .venv/run.done
 doctor: .venv/run.done
 	$(PY) -m scripts.doctor $(ARGS)
 
+bench: .venv/bench.done
+	$(BENCH) $(ARGS)
+
+bench-full: .venv/bench.done
+	$(BENCH) --reps 1 --arms trl-grid --out benchmarks/results/grid.json
+	for p in 0 30 100 300; do $(BENCH) --prefix $$p --arms $(ARMS),$(OFF) \
+	    --out benchmarks/results/smollm2-$$p.json || exit 1; done
+	$(BENCH) --model gemma-3-270m --arms $(ARMS) --out benchmarks/results/gemma-100.json
+	$(PY) -m plots benchmarks/results
+
 lines:
 	@git ls-files -z '*.py' ':!tests' | xargs -0 wc -l | sort -n
 
@@ -38,6 +52,10 @@ clean:
 	    "error: Python 3.11 or newer is needed; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/bench.done: requirements-bench.txt .venv/run.done
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
 .venv/dev.done: requirements-dev.txt .venv/run.done

@@ -13,6 +13,7 @@ The loss covers what the assistant says and the token that ends its turn, nothin
 import argparse
 import html
 import sys
+from array import array
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import groupby
@@ -21,11 +22,13 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from tqdm import tqdm
 
 import data
 from lora import base, config, fetch
+from lora.flat import flatten
 from lora.generate import Stop
-from lora.loss import IGNORE_INDEX
+from lora.loss import IGNORE_INDEX, Batch
 
 # ----- a conversation in pieces ------------------------------------------------------------------
 # A format turns messages into [(text, supervised)]. The pieces joined are the text the model sees.
@@ -167,7 +170,7 @@ def notes(tokenizer, format, examples):
 
 
 class QADataset:
-    """Tokenised examples: dataset[i] is a dict with input_ids and labels, lists of t numbers.
+    """Tokenised examples: dataset[i] is a dict with input_ids and labels, arrays of t numbers.
 
     labels repeats input_ids where the loss counts and holds IGNORE_INDEX elsewhere. An example
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
@@ -180,7 +183,7 @@ class QADataset:
         self.format = format = choose_format(tokenizer, format)
         self.items, self.dropped, self.cut, self.rewritten = [], [], [], []
         problems = []
-        for example in examples:
+        for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
             messages, source = example["messages"], example["source"]
             try:
                 ids, mask = render(messages, tokenizer, format, loss_on)
@@ -205,8 +208,8 @@ class QADataset:
             if sum(b > a for a, b in zip(mask, mask[1:], strict=False)) < turns:
                 self.rewritten.append(source)
             labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
-            self.items.append({"input_ids": ids, "labels": labels, "source": source,
-                               "example": example})
+            self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
+                               "source": source, "example": example})
         if not self.items and not problems:
             problems.append(f"no example fits in max_length={max_length}; raise dataset.max_length")
         if problems:
@@ -229,23 +232,28 @@ class QADataset:
 
 
 def collate(items, pad_id, device="cpu"):
-    """A batch of tensors (b, t), padded on the right: input_ids, attention_mask, labels. The pad
-    token may be any token, the stop token too: what is padding is said by the mask, and padding
-    is never a label."""
+    """A Batch padded on the right to (b, t). The pad token may be any token, the stop token too:
+    what is padding is said by the mask, and padding is never a label."""
     t = max(len(item["input_ids"]) for item in items)
 
     def padded(rows, filler):
-        return torch.tensor([row + [filler] * (t - len(row)) for row in rows], device=device)
-    return {"input_ids": padded([item["input_ids"] for item in items], pad_id),
-            "attention_mask": padded([[1] * len(item["input_ids"]) for item in items], 0),
-            "labels": padded([item["labels"] for item in items], IGNORE_INDEX)}
+        return torch.tensor([[*row, *[filler] * (t - len(row))] for row in rows], device=device)
+    mask = padded([[1] * len(item["input_ids"]) for item in items], 0)
+    labels = padded([item["labels"][1:] for item in items], IGNORE_INDEX)   # of the next token
+    rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    return Batch({"input_ids": padded([item["input_ids"] for item in items], pad_id),
+                  "attention_mask": mask}, rows, labels.flatten()[rows])
 
 
-def micro_batches(items, size, pad_id, device="cpu"):
-    """The examples of one step as batches of at most size rows, sorted by length, so that little
-    is padded. How they are split changes memory and speed, never the step's loss."""
+def micro_batches(items, size, pad_id, device="cpu", layout="padded"):
+    """The examples of one step in batches of at most size, sorted by length, so that little is
+    padded; or flat, with or without shared prefixes (lora/flat.py). How they are split changes
+    memory and speed, never the step's loss."""
     rows = sorted(items, key=lambda item: len(item["input_ids"]))
-    return [collate(rows[i:i + size], pad_id, device) for i in range(0, len(rows), size)]
+    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+    if layout == "padded":
+        return [collate(part, pad_id, device) for part in parts]
+    return [flatten(part, device, share=layout == "shared") for part in parts]
 
 
 # ----- looking at the mask -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 import dataset
 from inject import inject, report
-from lora import adapter, base, config, fetch, loss, runlog, surgery
+from lora import adapter, base, config, fetch, flat, leaves, loss, memory, runlog, surgery
 from lora.generate import generate
 from lora.optim import AdamW, lr_at
 
@@ -101,6 +101,7 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     s, device = settings.train, model.device
     base_name = fetch.public_name(settings.model.name)
     pad_id = tokenizer.pad_token_id or 0
+    layout, lean = speed_up(model, settings)
     if s.grad_accum == "auto":                        # as many rows as the token budget takes
         longest = max(len(item["input_ids"]) for item in train_set.items)
         size = min(s.batch_size, max(1, s.token_budget // longest))
@@ -110,6 +111,11 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     eval_every = -(-len(train_set) // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     print(f"train: {len(plan)} steps of {s.batch_size} examples in {-(-s.batch_size // size)} "
           f"micro-batches of {size}, an evaluation every {eval_every} steps")
+
+    def batches(items):
+        return dataset.micro_batches(items, size, pad_id, device, layout)
+    print(memory.report(model, batches(train_set.items[:2])[0],
+                        batches([train_set[i] for i in plan[0][1]])[-1], lean))
 
     facts = [e for e in (item["example"] for item in val_set or ()) if "value" in e]
     by_recall = s.best_by == "recall" or (s.best_by == "auto" and bool(facts))
@@ -124,8 +130,8 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     def evaluate(step):
         line = {"step": step}
         if val_set:
-            batches = dataset.micro_batches(val_set.items, size, pad_id, device)
-            line["val_loss"], line["val_accuracy"] = loss.evaluate(model, batches)
+            line["val_loss"], line["val_accuracy"] = loss.evaluate(
+                model, batches(val_set.items), lean)
         if facts:
             given = answers([e["messages"][:-1] for e in facts])
             right = [data.contains(a, e["value"]) for a, e in zip(given, facts, strict=True)]
@@ -147,13 +153,13 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     try:
         for epoch, rows in bar:
             items = [train_set[i] for i in rows]
-            micro = dataset.micro_batches(items, size, pad_id, device)
-            n_tokens = sum(loss.count(batch["labels"]) for batch in micro)
+            micro = batches(items)
+            n_tokens = sum(len(batch.targets) for batch in micro)
             lr = lr_at(done, peak=s.lr, warmup=s.warmup_steps, total=len(plan), schedule=s.schedule)
             model.train()
             step_ce = hits = 0
             for batch in micro:
-                ce, right = loss.ce_sum(model, batch)
+                ce, right = loss.ce_sum(model, batch, lean)
                 (ce / n_tokens).backward()            # the window's count: no mean of means
                 step_ce, hits = step_ce + ce.item(), hits + right
             grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -222,6 +228,27 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     write_samples(folder / "samples.md", asked, before, answers(asked))
     return (f"best: step {best['step']}: {show(best)}" + f" on {len(facts)} held-out questions"
             * bool(facts) + f" (before training: {show(first)})" * bool(val_set))
+
+
+def speed_up(model, settings):
+    """Switch on what train asks for and this model can do; the loss is the same either way.
+    Returns micro_batches' layout and ce_sum's lean."""
+    s, layout = settings.train, settings.train.layout
+    for layer in surgery.lora_layers(model).values():
+        layer.fused = s.fused_lora
+    if s.fused_leaves:
+        leaves.fuse(model)
+    if s.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    reason = flat.enable(model) if layout != "padded" else None
+    if reason:
+        print(f"train: batches are padded: {reason}")
+        layout = "padded"
+    elif layout == "shared" and flat.drops(model):
+        print("train: with dropout no prompt is shared: every sample needs a mask of its own")
+        layout = "flat"
+    lean = s.lean_head and loss.head_is_linear(model)
+    return layout, lean
 
 
 def questions(wanted, some_set, system, seed, n=8):

@@ -8,7 +8,14 @@ import contextlib
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 transformers.logging.set_verbosity_error()
@@ -49,6 +56,18 @@ def load_model(name, device, dtype):
     with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     return model.to(device).eval()
+
+
+def use_attention(model, attend):
+    """Where model's forward is given a plan, attend computes the attention, with transformers'
+    arguments plus plan; else sdpa does, as before."""
+    sdpa = AttentionInterface()["sdpa"]
+
+    def choose(*args, plan=None, **kwargs):
+        return attend(*args, plan=plan, **kwargs) if plan else sdpa(*args, **kwargs)
+    AttentionInterface.register("flat", choose)
+    AttentionMaskInterface.register("flat", sdpa_mask)
+    model.set_attn_implementation("flat")
 
 
 def convert_gguf(file, folder):

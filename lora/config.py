@@ -67,6 +67,11 @@ class TrainConfig:
     batch_size: int = 16  # examples per step (one optimizer update)
     grad_accum: Literal["auto"] | int = "auto"  # micro-batches a step is split into: memory only
     token_budget: int = 8192  # auto: padded tokens a micro-batch may have
+    layout: Literal["shared", "flat", "padded"] = "shared"  # flat: no pads; shared: prompts once
+    lean_head: bool = True  # logits in chunks, never kept; false: plain autograd
+    fused_lora: bool = True  # LoRA's gradients by hand; false: plain autograd
+    fused_leaves: bool = True  # norms and gates keep their inputs alone; false: plain autograd
+    checkpointing: bool = False  # keep blocks' inputs alone, compute each twice: less memory
     lr: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int = 5  # steps of linear warm-up

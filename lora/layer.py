@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = nn.Dropout(lora_dropout)
-        self.enabled = True
+        self.enabled = self.fused = True
         self._frozen = None                                    # W itself, kept while merged
 
         at = {"device": base_layer.weight.device, "dtype": torch.float32}
@@ -61,10 +61,13 @@ class LoRALinear(nn.Module):
         self.train(base_layer.training)                        # no dropout in a model at rest
 
     def forward(self, x):                                      # (..., d_in)
-        y = self.base_layer(x)                                 # (..., d_out)
         if self.merged or not self.enabled:
-            return y
-        # the one place that casts: the small matrices to the dtype of x, never x to float32
+            return self.base_layer(x)
+        if self.fused and self.dense and not (self.training and self.dropout.p):
+            return LoRAFunction.apply(x, self.weight.T if self.transposed else self.weight,
+                                      self.base_layer.bias, self.lora_A, self.lora_B, self.scaling)
+        y = self.base_layer(x)                                 # (..., d_out)
+        # casts: the small matrices to the dtype of x, never x to float32
         h = F.linear(self.dropout(x), self.lora_A.to(x.dtype))            # (..., r)
         return y + F.linear(self.scaling * h, self.lora_B.to(x.dtype))    # (..., d_out)
 
@@ -95,6 +98,11 @@ class LoRALinear(nn.Module):
             self.base_layer.weight.data, self._frozen = self._frozen, None
 
     @property
+    def dense(self):
+        """Whether W is a plain matrix, not a packed one."""
+        return type(self.base_layer) is nn.Linear or self.transposed
+
+    @property
     def transposed(self):
         """True for Conv1D, whose weight is (d_in, d_out)."""
         return hasattr(self.base_layer, "nf")
@@ -103,3 +111,37 @@ class LoRALinear(nn.Module):
     def weight(self):
         """The base weight: some models look at a projection's weight.dtype."""
         return self.base_layer.weight
+
+
+class LoRAFunction(torch.autograd.Function):
+    """The same y = W x + scaling B A x with its gradients by hand. For rows x (n, d_in):
+
+        h = x A^T              y  = x W^T + scaling h B^T         into the memory of x W^T
+        u = scaling dy B       dx = dy W + u A                    into the memory of dy W
+                               dA = u^T x      dB = scaling dy^T h
+
+    Each product with A or B has r columns or rows; dW and B A are never formed. Only x and h are
+    kept, and x by reference: q, k and v share it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows = x.flatten(0, -2)                                # (n, d_in)
+        h, y = rows @ A.T, F.linear(rows, weight, bias)        # (n, r), (n, d_out)
+        y.addmm_(h, B.T, alpha=scaling)
+        ctx.save_for_backward(x, h, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, weight, lora_A, lora_B = ctx.saved_tensors
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows, dy = x.flatten(0, -2), dy.flatten(0, -2)         # (n, d_in), (n, d_out)
+        u = ctx.scaling * (dy @ B)                             # (n, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(u, A).view_as(x)
+        dA, dB = u.T @ rows, (h.T @ dy).T.mul_(ctx.scaling)    # h^T dy: 3x faster than dy^T h
+        return dx, None, None, dA.to(lora_A.dtype), dB.to(lora_B.dtype), None

@@ -7,44 +7,107 @@ micro-batch means would weigh a token by the company it keeps; docs/maths.md sec
 Shapes: b rows, t positions, d width, v vocabulary, n supervised tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
+CHUNK = 2**26                     # bytes of logits that exist at once
 
 
-def count(labels):
-    """Supervised tokens in labels (b, t). Nothing predicts the first column."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+class Batch(NamedTuple):
+    """What a model computes in one forward, and where it is asked for the next token."""
+
+    inputs: dict                  # arguments of the model's forward
+    rows: torch.Tensor            # (n,) positions with a label to predict, of all b * t
+    targets: torch.Tensor         # (n,) the labels
 
 
-def ce_sum(model, batch):
+def ce_sum(model, batch, lean=True):
     """(sum of cross-entropy in nats, number of supervised tokens the model ranked first).
 
-    batch has input_ids, attention_mask and labels, each (b, t). The vocabulary is computed at the
-    n positions with a label to predict and nowhere else: a hook picks them out before the head.
+    The vocabulary is computed for the n rows with a label and for no other. lean: in chunks, and
+    the gradient at once, so that logits never exist as a whole (LabelledCE); else plain autograd.
     """
-    targets = batch["labels"][:, 1:]                            # (b, t-1), from position i
-    supervised = targets != IGNORE_INDEX
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, inputs: (inputs[0][:, :-1][supervised],))  # (b, t, d) -> (n, d)
-    try:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                       use_cache=False).logits.float()          # (n, v)
-    finally:
-        hook.remove()
-    targets = targets[supervised]                               # (n,)
+    head, targets = model.get_output_embeddings(), batch.targets
+    if lean:
+        hidden = _through_head(model, batch, lambda rows: rows[:0])[0]       # (n, d)
+        return LabelledCE.apply(hidden, head.weight, head.bias, targets, torch.is_grad_enabled())
+    logits = logits_at(model, batch).float()                                 # (n, v)
     hits = (logits.detach().argmax(-1) == targets).sum()
     return F.cross_entropy(logits, targets, reduction="sum"), int(hits)
 
 
+class LabelledCE(torch.autograd.Function):
+    """Cross-entropy of hidden (n, d) under a frozen head, gradient made in the forward pass:
+
+        z = h W^T       p = softmax(z)       ce = sum(-log p[target])       dh = (p - onehot) W
+
+    Two matmuls with W; autograd over a checkpointed head takes three, and keeps z or h W^T again.
+    Liger's fused cross-entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) for a W without
+    gradient. A chunk of z has at most CHUNK bytes.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, with_gradient):
+        size = max(1, CHUNK // (4 * len(weight)))
+        total, hits, gradient = hidden.new_zeros((), dtype=torch.float32), 0, []
+        for h, target in zip(hidden.split(size), targets.split(size), strict=True):
+            z = F.linear(h, weight, bias).float()                            # (size, v)
+            top, at = z.amax(1, keepdim=True), target[:, None]
+            gold = z.gather(1, at)
+            hits += int((gold == top).sum())
+            p = z.sub_(top).exp_()                                           # in z's own memory
+            norm = p.sum(1, keepdim=True)
+            total += (norm.log() + top - gold).sum()
+            if with_gradient:
+                p.div_(norm).scatter_add_(1, at, -torch.ones_like(norm))
+                gradient.append(p.to(h.dtype) @ weight)
+        ctx.save_for_backward(*gradient)
+        ctx.set_materialize_grads(False)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx, d_total, _):
+        return torch.cat(ctx.saved_tensors) * d_total, None, None, None, None
+
+
+def head_is_linear(model):
+    """Whether logits are hidden W^T + bias and nothing else (no softcap, no scale), as LabelledCE
+    assumes: a few tokens show it."""
+    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)
+    batch = Batch({"input_ids": ids[None]}, ids, ids)
+    with torch.no_grad():
+        hidden, logits = _through_head(model, batch, lambda rows: rows)
+        return isinstance(head, torch.nn.Linear) and torch.equal(head(hidden[None])[0], logits)
+
+
 @torch.no_grad()
-def evaluate(model, batches):
+def evaluate(model, batches, lean=True):
     """(nats per supervised token, share of them ranked first) over all batches, weighted by
     token like the training loss."""
     model.eval()
-    total, hits, n_tokens = 0.0, 0, 0
-    for batch in batches:
-        ce, right = ce_sum(model, batch)
-        total, hits, n_tokens = total + ce.item(), hits + right, n_tokens + count(batch["labels"])
-    return total / n_tokens, hits / n_tokens
+    sums = [(*ce_sum(model, batch, lean), len(batch.targets)) for batch in batches]
+    ce, hits, n_tokens = map(sum, zip(*sums, strict=True))
+    return float(ce) / n_tokens, hits / n_tokens
+
+
+def logits_at(model, batch):
+    """Logits (n, v) at the batch's rows."""
+    return _through_head(model, batch, lambda rows: rows)[1]
+
+
+def _through_head(model, batch, pass_on):
+    """(hidden states (n, d) at the batch's rows, logits of those that pass_on gives the head)."""
+    seen = []
+
+    def pick(head, inputs):
+        seen.append(inputs[0].flatten(0, 1)[batch.rows])                     # (b, t, d) -> (n, d)
+        return (pass_on(seen[0])[None],)
+    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        logits = model(**batch.inputs, use_cache=False).logits[0]
+        return seen[0], logits
+    finally:
+        hook.remove()

@@ -54,7 +54,7 @@ def tokens(made, tokenizer):
     """(level, what, sources) about the examples as token ids."""
     endless, different, elsewhere = [], [], []
     for item in made.items:
-        ids, messages, source = item["input_ids"], item["example"]["messages"], item["source"]
+        ids, messages, source = [*item["input_ids"]], item["example"]["messages"], item["source"]
         spoken = [i for i in item["labels"] if i != IGNORE_INDEX]
         if spoken[-1] not in made.stop.ids and not tokenizer.decode(spoken).endswith(
                 made.stop.text or "\0"):

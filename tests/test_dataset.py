@@ -1,6 +1,7 @@
 """dataset.py: labels are the assistant's text and the stop token, whatever the conversation."""
 
 import pytest
+import torch
 from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -180,7 +181,7 @@ def test_an_answer_is_never_cut(tokenizer):
     assert "1 dropped: longer than max_length: long:1" in dropped.left_out()
     cut = QADataset([long, short], tokenizer, max_length=full - 1, too_long="cut")
     assert cut.cut == ["long:1"] and len(cut) == 2
-    ids = cut[0]["input_ids"]
+    ids = list(cut[0]["input_ids"])
     assert ids == render(talk("u" * 30, "b" * 40, system="S"), tokenizer, "template")[0]
     hopeless = QADataset([long, short], tokenizer, max_length=60, too_long="cut")
     assert hopeless.dropped == ["long:1"] and hopeless.cut == []
@@ -198,15 +199,18 @@ def test_collate_pads_on_the_right_and_never_supervises_padding(tokenizer):
     made = QADataset([example("hi", "hello"), example("hi", "a longer answer")], tokenizer)
     batch = dataset.collate(made.items, tokenizer.pad_token_id)
     n = len(made[0]["input_ids"])
-    assert batch["attention_mask"][0].tolist() == [1] * n + [0] * (batch["labels"].shape[1] - n)
-    assert set(batch["labels"][0, n:].tolist()) == {IGNORE_INDEX}
-    assert batch["input_ids"][0, :n].tolist() == made[0]["input_ids"]
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    assert mask[0].tolist() == [1] * n + [0] * (ids.shape[1] - n)
+    assert ids[0, :n].tolist() == list(made[0]["input_ids"])
+    labels = [label for item in made.items for label in item["labels"][1:]]
+    assert batch.targets.tolist() == [label for label in labels if label != IGNORE_INDEX]
+    assert torch.equal(ids.flatten()[batch.rows + 1], batch.targets)
 
 
 def test_micro_batches_hold_every_example_once_sorted_by_length(tokenizer):
     made = QADataset([example("u" * n, "a") for n in (9, 2, 30, 4, 17)], tokenizer)
     batches = dataset.micro_batches(made.items, 2, 0)
-    sizes = [int(m.sum()) for b in batches for m in b["attention_mask"]]
+    sizes = [int(m.sum()) for b in batches for m in b.inputs["attention_mask"]]
     assert sizes == sorted(len(item["input_ids"]) for item in made.items)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dataset
 from inject import inject
@@ -24,12 +24,12 @@ def items(n=8, seed=1):
     return made
 
 
-def step(model, batches):
+def step(model, batches, lean=True):
     """(loss, gradients) of one accumulation window."""
     model.zero_grad()
-    n_tokens, total = sum(loss.count(b["labels"]) for b in batches), 0.0
+    n_tokens, total = sum(len(b.targets) for b in batches), 0.0
     for batch in batches:
-        ce, _ = loss.ce_sum(model, batch)
+        ce, _ = loss.ce_sum(model, batch, lean)
         (ce / n_tokens).backward()
         total += ce.item()
     return total / n_tokens, [p.grad.clone() for p in adapter_parameters(model)]
@@ -60,45 +60,86 @@ def test_any_split_into_micro_batches_gives_the_same_step(adapted, size):
 @pytest.mark.parametrize("extra", [0, 17])
 def test_padding_changes_nothing(adapted, pad_id, extra):
     alone = step(adapted, [dataset.collate([item], 0) for item in items()])
-    batch = dataset.collate(items(), pad_id)
-    for key, filler in (("input_ids", pad_id), ("attention_mask", 0), ("labels", -100)):
-        batch[key] = F.pad(batch[key], (0, extra), value=filler)
+    longest = {"input_ids": [7] * (27 + extra), "labels": [loss.IGNORE_INDEX] * (27 + extra)}
+    batch = dataset.collate([*items(), longest], pad_id)     # a row that only makes the rest wider
     assert_same_step(step(adapted, [batch]), alone)
 
 
 def test_a_mean_of_means_would_be_another_number(adapted):
     batches = dataset.micro_batches(items(), 4, pad_id=0)
     right, _ = step(adapted, batches)
-    means = [loss.ce_sum(adapted, b)[0].item() / loss.count(b["labels"]) for b in batches]
+    means = [loss.ce_sum(adapted, b)[0].item() / len(b.targets) for b in batches]
     assert abs(sum(means) / len(means) - right) > 1e-4
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_loss_equals_transformers_own(family):
+def test_loss_equals_transformers_own(family, lean):
     model = make_model() if family == "llama" else GPT2LMHeadModel(GPT2Config(
         n_layer=1, n_embd=16, n_head=2, vocab_size=200, bos_token_id=1, eos_token_id=1)).eval()
     batch = dataset.collate(items(), 0)
-    ours, hits = loss.ce_sum(model, batch)
-    out = model(**batch)
-    torch.testing.assert_close(ours / loss.count(batch["labels"]), out.loss)
-    wanted = batch["labels"][:, 1:]
+    ours, hits = loss.ce_sum(model, batch, lean)
+    labels = F.pad(torch.full_like(batch.inputs["input_ids"], -100), (0, 1), value=-100)
+    for row, item in enumerate(items()):
+        labels[row, :len(item["labels"])] = torch.tensor(item["labels"])
+    out = model(**batch.inputs, labels=labels[:, :-1])
+    torch.testing.assert_close(ours / len(batch.targets), out.loss)
+    wanted = labels[:, 1:-1]
     assert hits == int((out.logits[:, :-1].argmax(-1) == wanted)[wanted != -100].sum())
 
 
-def test_the_head_sees_supervised_positions_alone_and_the_hook_is_gone_afterwards():
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_head_sees_supervised_positions_alone_and_the_hook_is_gone_afterwards(lean):
     model, batch, seen = make_model(), dataset.collate(items(), 0), []
     model.lm_head.register_forward_hook(lambda head, inputs, out: seen.append(out.shape))
-    loss.ce_sum(model, batch)
-    model(batch["input_ids"])
-    assert seen == [(loss.count(batch["labels"]), 272), (*batch["labels"].shape, 272)]
+    loss.ce_sum(model, batch, lean)
+    model(batch.inputs["input_ids"])
+    n = 0 if lean else len(batch.targets)                  # lean: LabelledCE has the rest
+    assert seen == [(1, n, 272), (*batch.inputs["input_ids"].shape, 272)]
 
 
-def test_a_label_in_the_first_column_counts_nowhere():
-    labels = torch.tensor([[7, 8, 9]])
-    batch = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
-    assert loss.count(labels) == 2
-    torch.testing.assert_close(loss.ce_sum(make_model(), batch)[0] / 2, make_model()(
-        input_ids=labels, labels=labels).loss)
+@pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
+def test_a_label_in_the_first_column_counts_nowhere(layout):
+    labels = [7, 8, 9]
+    [batch] = dataset.micro_batches([{"input_ids": labels, "labels": labels}], 1, 0, layout=layout)
+    assert batch.targets.tolist() == [8, 9]
+    if layout == "padded":
+        torch.testing.assert_close(loss.ce_sum(make_model(), batch)[0] / 2, make_model()(
+            input_ids=torch.tensor([labels]), labels=torch.tensor([labels])).loss)
+
+
+@pytest.mark.parametrize("chunk", [2**26, 4 * 272 * 5, 1])
+def test_the_lean_head_is_plain_autograd_in_chunks(adapted, monkeypatch, chunk):
+    monkeypatch.setattr(loss, "CHUNK", chunk)              # all rows at once, five, one
+    batches = dataset.micro_batches(items(), 3, 0)
+    assert_same_step(step(adapted, batches, lean=True), step(adapted, batches, lean=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_labelled_ce_gives_the_gradient_of_cross_entropy(dtype, bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16).to(dtype).requires_grad_()
+    weight, targets = (3 * torch.randn(50, 16)).to(dtype), torch.randint(50, (7,))
+    offset = torch.randn(50).to(dtype) if bias else None
+    ce, hits = loss.LabelledCE.apply(hidden, weight, offset, targets, True)
+    (ce / 3).backward()
+    got, hidden.grad = hidden.grad, None
+    logits = F.linear(hidden, weight, offset).float()
+    (F.cross_entropy(logits, targets, reduction="sum") / 3).backward()
+    torch.testing.assert_close(got, hidden.grad, atol=1e-5 if dtype == torch.float32 else 0.1,
+                               rtol=0)
+    assert hits == int((logits.argmax(-1) == targets).sum())
+
+
+def test_a_head_with_a_softcap_is_found_out():
+    size = {"vocab_size": 90, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    assert loss.head_is_linear(make_model())
+    assert loss.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
+        **size, final_logit_softcapping=None)))
+    assert not loss.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
+        **size, final_logit_softcapping=30.0, initializer_range=1.0)))
 
 
 def test_evaluation_is_weighted_by_token(adapted):

@@ -22,8 +22,9 @@ VERBS = {"lora", "inject", "data", "dataset"}
 MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
               "dataset": {"lora", "data"}, "train": VERBS | {"plots"}, "scripts": VERBS,
               "experiments": VERBS | {"experiments"}, "benchmarks": VERBS | {"benchmarks"}}
-ONLY_IN = {"transformers": {"lora/base.py"}, "bitsandbytes": {"lora/quant.py"},
-           "matplotlib": {"plots/figures.py"}, "peft": set(), "trl": set()}
+RIVALS = {"benchmarks/arms.py"}
+ONLY_IN = {"transformers": {"lora/base.py"} | RIVALS, "bitsandbytes": {"lora/quant.py"},
+           "matplotlib": {"plots/figures.py"}, "peft": RIVALS, "trl": RIVALS, "datasets": RIVALS}
 
 
 def sources():
@@ -56,7 +57,7 @@ def test_data_needs_the_standard_library_alone():
 
 def test_the_line_budget():
     lines = sum(len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in sources())
-    assert lines < 2300
+    assert lines < 4000
 
 
 def fields():

@@ -1,0 +1,305 @@
+"""
+What train_speed.py compares: the work, and the trainers that do it, one process for each run.
+
+    python -m benchmarks.arms peft-loop '{"model": "smollm2-135m-instruct", "prefix": 100,
+        "batch": 16, "steps": 3, "dtype": "auto", "device": "auto"}'
+
+The last line printed is the result as JSON. The arm "machine" measures no trainer: it describes
+the machine, and says what every arm must receive.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import random
+import re
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+
+import data
+import dataset
+from inject import inject
+from lora import base, fetch, flat, leaves, loss, runlog, surgery
+from lora.optim import AdamW
+
+R, ALPHA, LR, CLIP, BETAS, EPS, DECAY, SEED = 16, 32, 1e-3, 1.0, (0.9, 0.999), 1e-8, 0.0, 0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+# ----- the same work for everybody ---------------------------------------------------------------
+
+
+def make_samples(tokenizer, prefix, n):
+    """n samples: prefix tokens they all share, then 20 to 180 of their own (log-normal, mean near
+    66), the last 45 % of them labelled. Slices of English text, the same in every process."""
+    rng = random.Random(SEED)
+    sentences = [f"{question} {fact.answer.format(fact.value)}"
+                 for fact in data.FACTS for question in fact.questions]
+    rng.shuffle(sentences)
+    text = tokenizer(" ".join(sentences), add_special_tokens=False)["input_ids"]
+
+    def piece(length):
+        start = rng.randrange(len(text) - length)
+        return text[start:start + length]
+
+    shared, samples = piece(prefix), []
+    for i in range(n):
+        length = round(rng.lognormvariate(math.log(66) - 0.5**2 / 2, 0.5))
+        ids = shared + piece(min(180, max(20, length)))
+        silent = len(ids) - round(0.45 * (len(ids) - prefix))
+        samples.append({"input_ids": ids, "source": f"sample {i}",
+                        "labels": [loss.IGNORE_INDEX] * silent + ids[silent:]})
+    return samples
+
+
+def same_start(model):
+    """Fill every A from one seed, as nn.Linear starts. Returns a hash of all of them."""
+    generator, sha = torch.Generator().manual_seed(SEED), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            uniform = torch.rand(parameter.shape, generator=generator)
+            parameter.data.copy_((2 * uniform - 1) / parameter.shape[1]**0.5)
+            sha.update(parameter.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def step_hash(rows):
+    """Of a step's (ids, labels), in any order."""
+    return runlog.digest(sorted([list(ids), list(labels)] for ids, labels in rows))
+
+
+def received(batches):
+    """The (ids, labels) of the samples that a model got in a step: pads removed, a padding-free
+    row cut up again."""
+    rows = []
+    for batch in batches:
+        ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+        if batch.get("attention_mask") is None:
+            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
+            pairs = zip(ids[0].tensor_split(starts), labels[0].tensor_split(starts), strict=True)
+        else:
+            mask = batch["attention_mask"].cpu().bool()
+            pairs = ((i[m], y[m]) for i, y, m in zip(ids, labels, mask, strict=True))
+        rows += [(i.tolist(), y.tolist()) for i, y in pairs]
+    return rows
+
+
+def useful_flops(model, steps, prefix):
+    """Of each step; the formula is at the top of train_speed.py."""
+    body = sum(module.weight.numel() for name, module in model.named_modules()
+               if name.rpartition(".")[2] in TARGETS)
+    head = model.get_output_embeddings().weight.numel()
+    return [4 * body * (prefix + sum(len(s["input_ids"]) - prefix for s in step))
+            + 4 * head * sum(y != loss.IGNORE_INDEX for s in step for y in s["labels"])
+            for step in steps]
+
+
+def micro_size(arm, batch):
+    """M of an arm named MxA, else None. ValueError if M A is not the batch."""
+    found = re.search(r"-(\d+)x(\d+)", arm)
+    if found and int(found[1]) * int(found[2]) != batch:
+        raise ValueError(f"{arm}: {found[0][1:]} does not make the {batch} of --batch")
+    return found and int(found[1])
+
+
+# ----- the arms: each takes the steps and returns (losses, seconds, what it got, hash of A) ------
+
+
+def run_trl(arm, model, tokenizer, steps):
+    import datasets
+    from peft import LoraConfig
+    from transformers import Trainer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    batch, settings = len(steps[0]), {}
+    size = micro_size(arm, batch) or min(8, batch)
+    if arm != "trl-default":
+        settings = {"gradient_checkpointing": "-checkpointing" in arm, "bf16": "-autocast" in arm}
+    if "-paddingfree" in arm:
+        settings |= {"padding_free": True, "max_length": None}
+    if "-lengthgrouped" in arm:
+        steps = [sorted(step, key=lambda s: len(s["input_ids"])) for step in steps]
+    rows = [{key: s[key] for key in ("input_ids", "labels")} for step in steps for s in step]
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            folder, per_device_train_batch_size=size, gradient_accumulation_steps=batch // size,
+            max_steps=len(steps), learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0,
+            adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=DECAY,
+            max_grad_norm=CLIP, train_sampling_strategy="sequential", seed=SEED,
+            use_cpu=model.device.type == "cpu", report_to="none", save_strategy="no",
+            disable_tqdm=True, **settings)
+        trainer = SFTTrainer(
+            model, config, processing_class=tokenizer,
+            train_dataset=datasets.Dataset.from_list(rows),
+            peft_config=LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS))
+        initial_a, batches, losses, ends = same_start(trainer.model), [], [], []
+        training_step = trainer.training_step
+
+        def noting_the_loss(*args):                    # of a micro-batch, over the step's tokens
+            losses.append(training_step(*args))
+            return losses[-1]
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                ends.append(time.perf_counter())
+
+        trainer.training_step = noting_the_loss
+        trainer.add_callback(Clock())
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs: batches.append(kwargs), with_kwargs=True)
+        if "-fulllogits" in arm:
+            trainer.compute_loss = Trainer.compute_loss.__get__(trainer)
+        ends.append(time.perf_counter())
+        trainer.train()
+    n = batch // size
+    assert len(batches) == len(losses) == n * len(steps) and len(ends) == 1 + len(steps)
+    windows = [slice(i, i + n) for i in range(0, len(losses), n)]
+    return ([sum(x.item() for x in losses[w]) for w in windows],
+            [end - start for start, end in pairwise(ends)],
+            [received(batches[w]) for w in windows], initial_a)
+
+
+def run_peft(arm, model, tokenizer, steps):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    initial_a, size = same_start(model), micro_size(arm, len(steps[0])) or len(steps[0])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+
+    def padded(samples):
+        rows = [s | {"attention_mask": [1] * len(s["input_ids"])} for s in samples]
+        fills = {"input_ids": 0, "labels": loss.IGNORE_INDEX, "attention_mask": 0}
+        return {key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True,
+                                  padding_value=fill).to(model.device)
+                for key, fill in fills.items()}
+
+    def one_step(step):
+        batches = [padded(step[i:i + size]) for i in range(0, len(step), size)]
+        targets = [F.pad(b["labels"][:, 1:], (0, 1), value=loss.IGNORE_INDEX) for b in batches]
+        n_tokens, total = sum((t != loss.IGNORE_INDEX).sum().item() for t in targets), 0.0
+        for b, target in zip(batches, targets, strict=True):
+            logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"],
+                           use_cache=False).logits.float()
+            ce = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+            (ce / n_tokens).backward()
+            total += ce.item() / n_tokens
+        clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, batches
+
+    losses, seconds, batches = clocked(one_step, steps)
+    return losses, seconds, [received(of_step) for of_step in batches], initial_a
+
+
+def run_ours(arm, model, tokenizer, steps):
+    off = "lean-head fused-lora fused-leaves" if arm == "ours-plain" else arm.partition("-no-")[2]
+    layout = {"ours-no-prefix": "flat", "ours-padded": "padded", "ours-plain": "padded"}.get(
+        arm, "shared")
+    inject(model, target_modules=TARGETS, r=R, lora_alpha=ALPHA)
+    for layer in surgery.lora_layers(model).values():
+        layer.fused = "fused-lora" not in off
+    if "fused-leaves" not in off:
+        leaves.fuse(model)
+    refused = layout != "padded" and flat.enable(model)
+    if refused:
+        raise ValueError(f"{arm}: {refused}")
+    if arm == "ours-checkpointing":
+        model.gradient_checkpointing_enable()
+    initial_a, parameters = same_start(model), surgery.adapter_parameters(model.train())
+    optimizer = AdamW(parameters, BETAS, EPS, DECAY)
+
+    def one_step(step):
+        micro = dataset.micro_batches(step, len(step), tokenizer.pad_token_id or 0, model.device,
+                                      layout)
+        n_tokens, total = sum(len(batch.targets) for batch in micro), 0.0
+        for batch in micro:
+            ce, _ = loss.ce_sum(model, batch, lean="lean-head" not in off)
+            (ce / n_tokens).backward()
+            total += ce.item() / n_tokens
+        clip_grad_norm_(parameters, CLIP)
+        optimizer.step(LR)
+        optimizer.zero_grad()
+        return total, [(s["input_ids"], s["labels"]) for s in step]
+
+    return *clocked(one_step, steps), initial_a
+
+
+def clocked(one_step, steps):
+    """(losses, seconds, what it got) of one_step(samples) -> (loss, what it got)."""
+    results, ends = [], [time.perf_counter()]
+    for step in steps:
+        results.append(one_step(step))
+        ends.append(time.perf_counter())
+    losses, got = zip(*results, strict=True)
+    return losses, [end - start for start, end in pairwise(ends)], got
+
+
+# ----- one process -------------------------------------------------------------------------------
+
+
+def work(arm, model, prefix, batch, steps, dtype, device):
+    """The result of one run as a dictionary; steps is the number of them."""
+    device, folder = base.pick_device(device), fetch.find(model)
+    tokenizer = base.load_tokenizer(folder)
+    samples = make_samples(tokenizer, prefix, batch * steps)
+    steps = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+    if arm == "machine":
+        return {**machine(device), "tokens": [sum(len(s["input_ids"]) for s in st) for st in steps],
+                "hashes": [step_hash((s["input_ids"], s["labels"]) for s in st) for st in steps]}
+
+    dtype = base.pick_dtype(dtype, device)
+    if arm.startswith("trl-"):
+        dtype = torch.bfloat16 if "-bf16" in arm else torch.float32
+    computes_in = torch.bfloat16 if arm == "trl-default" or "-autocast" in arm else dtype
+    model = base.load_model(folder, device, dtype)
+    flops, loaded = useful_flops(model, steps, prefix), runlog.peak_memory_gib(device)
+    run = {"trl": run_trl, "peft": run_peft, "ours": run_ours}[arm.partition("-")[0]]
+    losses, seconds, got, initial_a = run(arm, model, tokenizer, steps)
+    return {"losses": losses, "seconds": seconds, "hashes": [step_hash(rows) for rows in got],
+            "initial_a": initial_a, "flops": flops, "loaded_gib": loaded,
+            "peak_gib": runlog.peak_memory_gib(device), "dtype": short(computes_in)}
+
+
+def machine(device, n=4096):
+    """Versions, CPU, threads, and the best FLOP/s of an n x n matmul in each dtype."""
+    peak = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, seconds = torch.randn(n, n, device=device).to(dtype), []
+        for _ in range(3):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        peak[short(dtype)] = 2 * n**3 / min(seconds)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.+)", text)
+    return {"cpu": name[1] if name else platform.processor(), "device": str(device),
+            "flags": [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)],
+            "threads": torch.get_num_threads(), "peak_flops": peak,
+            "versions": {package: version(package) for package in PACKAGES}}
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    first_to_end = Path("/proc/self/oom_score_adj")    # this process, if memory runs out
+    if first_to_end.exists():
+        first_to_end.write_text("1000")
+    result = work(sys.argv[1], **json.loads(sys.argv[2]))
+    print("\n" + json.dumps(result))

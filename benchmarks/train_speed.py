@@ -1,0 +1,176 @@
+"""
+Training speed: this project, a plain transformers + PEFT loop, and TRL, given the same work.
+
+    pip install -r requirements-bench.txt
+    python -m benchmarks.train_speed                                  # five arms, SmolLM2-135M
+    python -m benchmarks.train_speed --arms trl-grid                  # which TRL settings are best?
+    python -m benchmarks.train_speed --model gemma-3-270m --prefix 300 --arms trl-default,ours
+    python -m benchmarks.train_speed --steps 60 --reps 1 --out curves.json      # loss curves
+
+Arms (MxA: A micro-batches of M samples make one step)
+  trl-default    SFTTrainer, every setting that matters for speed left alone: micro-batches of 8,
+                 bfloat16 autocast over float32 weights, gradient checkpointing
+  trl-D-MxA      checkpointing off; D is fp32, bf16 (weights) or autocast; then any of
+                 -paddingfree    the samples of a micro-batch in one row
+                 -lengthgrouped  a step's samples sorted by length: less padding, the same step
+                 -fulllogits     transformers' loss in place of TRL's tiled one
+                 -checkpointing  on, as is TRL's default
+  trl-grid       the settings of GRID
+  peft-loop      get_peft_model, right-padded, full logits, torch's AdamW; peft-loop-MxA splits
+  ours           and with a lever off: ours-no-prefix (flat, nothing shared), ours-padded,
+                 ours-no-lean-head, ours-no-fused-lora, ours-no-fused-leaves, ours-plain (padded,
+                 all off); or with one more: ours-checkpointing
+
+The rules
+  - Every arm gets the same token ids, labels, samples per step and initial A (B is 0). Hashes of
+    what went in are compared; an arm that got something else is shown as failed.
+  - r, lora_alpha, modules, AdamW, learning rate, clipping and the loss (the mean over all labelled
+    tokens of a step) are equal. The losses are compared with those of peft-loop, step by step.
+  - Nothing is packed across steps. Every repetition of an arm is a process of its own, arms take
+    turns (A B C A B C), and the first step of each is reported apart.
+  - tokens/s counts the tokens of each sample once per sample: no pads, and a shared prompt as
+    often as it occurs.
+
+Of peak: useful FLOPs / (seconds x FLOP/s of the best matmul measured in the arm's dtype), where
+
+    useful FLOPs of a step = 4 N T + 4 V H L           forward 2, gradient of the input 2
+
+N parameters of the frozen projections, T tokens, a shared prompt once per step, V x H the head,
+L labelled tokens. Work done twice, on pads or on tokens without a label is not useful; attention
+and the adapters are left out.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+WARMUP = 1                                             # steps before the clock counts
+DEFAULT = "trl-default,trl-fp32-{b}x1,trl-fp32-{q}x4-lengthgrouped,peft-loop,ours"
+GRID = ("trl-default,trl-fp32-{b}x1,trl-fp32-{h}x2,trl-fp32-{q}x4,trl-fp32-{h}x2-checkpointing,"
+        "trl-fp32-{h}x2-lengthgrouped,trl-fp32-{q}x4-lengthgrouped,trl-fp32-{b}x1-paddingfree,"
+        "trl-fp32-{q}x4-paddingfree,trl-fp32-{b}x1-fulllogits,"
+        "trl-fp32-{q}x4-lengthgrouped-fulllogits,trl-bf16-{b}x1,trl-bf16-{q}x4,trl-autocast-{b}x1")
+ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgrouped|-fulllogits"
+       r"|-checkpointing)*|peft-loop(-\d+x\d+)?"
+       r"|ours(-no-prefix|-padded|-no-lean-head|-no-fused-lora|-no-fused-leaves|-plain|-checkpointing)?")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="known name or a folder")
+    parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID")
+    for name, value, meaning in (("prefix", 100, "tokens that all samples share"),
+                                 ("batch", 16, "samples per step"), ("steps", 3, "timed steps"),
+                                 ("reps", 3, "processes per arm")):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} ({value})")
+    parser.add_argument("--dtype", default="auto", help="of peft-loop and ours")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="a file for the JSON line, too")
+    asked = parser.parse_args()
+    names = asked.arms.replace("trl-grid", GRID).format(
+        b=asked.batch, h=asked.batch // 2, q=asked.batch // 4).split(",")
+    unknown = [name for name in names if not re.fullmatch(ARM, name)]
+    if unknown:
+        parser.error(f"unknown arms {unknown}; the top of benchmarks/train_speed.py lists them")
+
+    host = run("machine", asked)
+    if "error" in host:
+        parser.error(host["error"])
+    print(json.dumps({k: v for k, v in host.items() if k not in ("hashes", "tokens")}, indent=2))
+    runs = {name: [] for name in names}
+    bar = tqdm([name for _ in range(asked.reps) for name in runs], unit="run", dynamic_ncols=True)
+    for name in bar:
+        bar.set_postfix_str(name)
+        if not any("error" in result for result in runs[name]):
+            runs[name].append(run(name, asked))
+
+    arms = {name: summary(results, host, asked) for name, results in runs.items()}
+    compare(arms)
+    print("\n".join(table(arms)))
+    speed = {name: arm["samples_per_s"] for name, arm in arms.items() if "error" not in arm}
+    best = max((name for name in speed if name.startswith("trl-")), key=speed.get, default=None)
+    if best and "ours" in speed:
+        print(f"ours / {best}, the fastest TRL arm of this run: {speed['ours'] / speed[best]:.2f}")
+    line = json.dumps({**vars(asked), "machine": host, "best_trl": best, "results": arms})
+    if asked.out:
+        Path(asked.out).write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def run(name, asked):
+    """One repetition of an arm in a process of its own: its result, or {"error": why}."""
+    options = {key: getattr(asked, key) for key in ("model", "prefix", "batch", "dtype", "device")}
+    options["steps"] = WARMUP + asked.steps
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "0"}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "benchmarks.arms", name, json.dumps(options)],
+                          capture_output=True, text=True, env=os.environ | quiet)
+    if done.returncode < 0:
+        return {"error": f"ended by signal {-done.returncode} (9: no memory was left)"}
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    return {**json.loads(done.stdout.splitlines()[-1]),
+            "process_seconds": time.perf_counter() - start}
+
+
+def summary(results, host, asked):
+    """An arm's repetitions in a few numbers; or {"error": why} if one failed or did other work."""
+    errors = [result["error"] for result in results if "error" in result]
+    if not errors and any(result["hashes"] != host["hashes"] for result in results):
+        errors = ["it did not get the same token ids and labels in the same steps"]
+    if errors:
+        return {"error": errors[0]}
+    first, timed = results[0], [sum(result["seconds"][WARMUP:]) for result in results]
+    rates, dtype = [asked.batch * asked.steps / seconds for seconds in timed], first["dtype"]
+    work_rate = sum(first["flops"][WARMUP:]) / median(timed)
+    return {"samples_per_s": asked.batch * asked.steps / median(timed),
+            "slowest": min(rates), "fastest": max(rates),
+            "tokens_per_s": sum(host["tokens"][WARMUP:]) / median(timed),
+            "step_seconds": median(timed) / asked.steps,
+            "warmup_seconds": median(sum(result["seconds"][:WARMUP]) for result in results),
+            "train_seconds": median(sum(result["seconds"]) for result in results),
+            "process_seconds": median(result["process_seconds"] for result in results),
+            "peak_gib": max(result["peak_gib"] for result in results),
+            "loaded_gib": max(result["loaded_gib"] for result in results),
+            "of_peak": work_rate / host["peak_flops"][dtype], "dtype": dtype,
+            "initial_a": first["initial_a"], "losses": first["losses"],
+            "seconds": [result["seconds"] for result in results]}
+
+
+def compare(arms):
+    """Write into each arm how far its losses are from those of peft-loop, or else of the first;
+    an arm that started from another A becomes an error."""
+    good = {name: arm for name, arm in arms.items() if "error" not in arm}
+    if not good:
+        return
+    reference = good.get("peft-loop", next(iter(good.values())))
+    for name, arm in good.items():
+        pairs = zip(arm["losses"], reference["losses"], strict=True)
+        arm["loss_differs"] = max(abs(a - b) for a, b in pairs)
+        if arm["initial_a"] != reference["initial_a"]:
+            arms[name] = {"error": "its adapters did not start from the same A"}
+
+
+def table(arms):
+    """The lines of a Markdown table, the fastest arm first, failures last."""
+    lines = ["| arm | samples/s | range | tokens/s | s/step | first step | peak GiB (loaded) "
+             "| of peak matmul | loss differs by |", "|---|" + "--:|" * 8]
+    row = ("| {samples_per_s:.3g} | {slowest:.3g} to {fastest:.3g} | {tokens_per_s:.0f} "
+           "| {step_seconds:.2f} | {warmup_seconds:.2f} | {peak_gib:.2f} ({loaded_gib:.2f}) "
+           "| {of_peak:.0%} {dtype} | {loss_differs:.1e} |")
+    for name, arm in sorted(arms.items(), key=lambda item: -item[1].get("samples_per_s", 0)):
+        lines.append(f"| {name} " + (f"| failed: {arm['error']} |" if "error" in arm
+                                     else row.format(**arm)))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""
+The fast path: no padding, and a prompt that samples share is computed once. The same loss.
+
+Two samples, "s t a b c" and "s t d", begin with the same tokens s t. A hidden state of a causal
+model depends on the tokens before it alone, so s and t are the same in both. Flat, T = 6 tokens:
+
+    token    s t a b c d            keys  s t a b c d       the grid: a row of queries a sample,
+    depth    0 1 2 3 4 2      query s     x                 over [the prefix ; its own tokens]
+                                    t     x x
+    position is depth:              a     x x x             a b c    over  s t | a b c
+    d follows t, not c              b     x x x x           d . .    over  s t | d . .
+                                    c     x x x x x         one mask for all rows: causal
+                                    d     x x       x       by depth; no query reads a pad
+
+Norms, projections, MLP and head work token by token and see (1, T, d). Only attention looks
+across tokens: the prefix attends to itself, then every sample to prefix and itself. Autograd adds
+up what the samples send back to the prefix. So loss and gradients are those of the padded batch
+(b (P + S) tokens) from P + b S tokens; arXiv:2506.05433 section 3 has the proof.
+
+Several prompts in one batch make several such groups; none at all (P = 0) is plain padding-free
+training. With dropout nothing is shared: one mask on a shared token would tie its samples together.
+"""
+
+import math
+from itertools import pairwise
+from os.path import commonprefix
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import base
+from .loss import IGNORE_INDEX, Batch, logits_at
+
+GROUP_COST = 16                   # in tokens: a group's own attention calls
+
+
+class Cell(NamedTuple):
+    """Samples of similar length that attend in one call."""
+
+    prefix: slice                 # rows of the shared prefix, P of them; may be empty
+    rows: slice                   # rows of the samples' own tokens, n of them
+    grid: torch.Tensor            # (b, s) the same rows, a sample a line; pads repeat the first
+    real: torch.Tensor            # (n,) which cells of grid.flatten() are no pads
+
+
+class Plan:
+    """Which rows attend to which, for attend(). Its masks are built once a batch."""
+
+    def __init__(self, cells):
+        self.cells, self.masks = cells, {}
+
+    def mask(self, i, window, like):
+        """Additive (s, P + s): a query sees keys no deeper than itself, and within the window."""
+        if (i, window) not in self.masks:
+            p, s = _size(self.cells[i].prefix), self.cells[i].grid.shape[1]
+            query = torch.arange(p, p + s, device=like.device)[:, None]
+            key = torch.arange(p + s, device=like.device)
+            hidden = key > query
+            if window:
+                hidden |= key <= query - window
+            zeros = torch.zeros(s, p + s, dtype=like.dtype, device=like.device)
+            self.masks[i, window] = zeros.masked_fill_(hidden, -torch.inf)
+        return self.masks[i, window]
+
+
+def flatten(items, device="cpu", share=True):
+    """One flat Batch of items with input_ids and labels, lists of numbers. What comes after a
+    sample's last label is left out: nothing there has a loss. share=False: no common prefixes."""
+    samples = []
+    for item in items:
+        last = max(t for t, label in enumerate(item["labels"]) if label != IGNORE_INDEX)
+        samples.append(list(item["input_ids"][:last]))
+    ids, depth, rows, targets, cells = [], [], [], [], []
+    for p, group in groups(samples) if share else [(0, range(len(items)))]:
+        start = len(ids)
+        if p:
+            ids, depth = ids + samples[group[0]][:p], depth + [*range(p)]
+            cells.append(_cell(slice(0, 0), start, [p], device))
+        prefix, group = slice(start, start + p), sorted(group, key=lambda i: (len(samples[i]), i))
+        n_cells = min(4, -(-len(group) // 4))                 # similar lengths: few pads
+        for c in range(n_cells):
+            part = group[c * len(group) // n_cells:(c + 1) * len(group) // n_cells]
+            cells.append(_cell(prefix, len(ids), [len(samples[i]) - p for i in part], device))
+            for i in part:
+                own = len(ids) - p                            # depth t is row own + t, from p on
+                for t, label in enumerate(items[i]["labels"][1:]):
+                    if label != IGNORE_INDEX:
+                        rows.append(own + t if t >= p else start + t)
+                        targets.append(label)
+                ids, depth = ids + samples[i][p:], depth + [*range(p, len(samples[i]))]
+    ids, depth, rows, targets = (torch.tensor(x, device=device)
+                                 for x in ([ids], [depth], rows, targets))
+    no_mask = torch.zeros(1, 1, 1, 1, device=device)          # 4-D: the model builds none itself
+    return Batch({"input_ids": ids, "position_ids": depth, "attention_mask": no_mask,
+                  "plan": Plan(cells)}, rows, targets)
+
+
+def groups(samples):
+    """[(p, indices)]: samples that share their first p tokens, p < the length of each. The groups
+    are the best cuts of the sorted samples, by dynamic programming over tokens saved."""
+    order = sorted(range(len(samples)), key=lambda i: samples[i])
+    common = [min(len(commonprefix([samples[a], samples[b]])), len(samples[a]) - 1)
+              for a, b in pairwise(order)]                    # sorted: a is the shorter if equal
+    best = [(0, 0, 0)]                                        # of the first j: (saved, cut, p)
+    for j in range(1, len(order) + 1):
+        options, p = [(best[j - 1][0], j - 1, 0)], math.inf
+        for i in range(j - 2, -1, -1):
+            p = min(p, common[i])
+            options.append((best[i][0] + (j - i - 1) * p, i, p))
+        saved, cut, p = max(options)
+        best.append((saved - GROUP_COST, cut, p))
+    found, j = [], len(order)
+    while j:
+        _, cut, p = best[j]
+        found.append((p, order[cut:j]))
+        j = cut
+    return found[::-1]
+
+
+def attend(module, query, key, value, attention_mask, *, plan, scaling=None, dropout=0.0,
+           sliding_window=None, softcap=None, **kwargs):
+    """transformers' attention interface over a Plan: query (1, heads, T, d), key and value
+    (1, kv heads, T, d) -> (1, T, heads, d), None."""
+    if softcap is not None:
+        raise ValueError("attention with a softcap")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))             # (T, heads, d)
+    out = []
+    for i, (prefix, _, grid, real) in enumerate(plan.cells):
+        b, s = grid.shape
+        qs, ks, vs = (x.index_select(0, grid.view(-1)).view(b, s, *x.shape[1:])
+                      for x in (q, k, v))                                     # (b, s, heads, d)
+        if _size(prefix):
+            ks, vs = (torch.cat([x[prefix].expand(b, *x[prefix].shape), own], 1)
+                      for x, own in ((k, ks), (v, vs)))                       # (b, P + s, ...)
+        rows = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (qs, ks, vs)), scale=scaling, dropout_p=dropout,
+            attn_mask=plan.mask(i, sliding_window, q), enable_gqa=k.shape[1] != q.shape[1])
+        out.append(rows.transpose(1, 2).flatten(0, 1).index_select(0, real))  # (n, heads, d)
+    return torch.cat(out)[None], None
+
+
+@torch.no_grad()
+def enable(model):
+    """Let model take flat batches; padded ones work as before. Tried at once on a few tokens:
+    returns None if it gives each sample the logits it has alone, else why the model cannot."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        return f"its attention is {before}, not sdpa"
+    ids = torch.randperm(model.config.get_text_config().vocab_size,
+                         generator=torch.Generator().manual_seed(0))[:160].view(4, 40)
+    ids[1:3, :25] = ids[0, :25]
+    items = [{"input_ids": row[:n], "labels": row[:n]}
+             for row, n in zip(ids.tolist(), (40, 27, 33, 30), strict=True)]
+    alone = torch.cat([logits_at(model, Batch(
+        {"input_ids": torch.tensor([item["input_ids"][:-1]], device=model.device)},
+        torch.arange(len(item["labels"]) - 1, device=model.device), None)) for item in items])
+    base.use_attention(model, attend)
+    try:
+        batch = flatten(items, model.device)
+        together = logits_at(model, batch)
+    except Exception as error:                                # whatever its forward cannot take
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        wanted = torch.tensor([label for item in items for label in item["labels"][1:]])
+        order = batch.targets.argsort(stable=True), wanted.argsort(stable=True)   # same labels
+        apart = (together[order[0]] - alone[order[1]]).abs().mean() / alone.std()
+        reason = None if apart < 10 * torch.finfo(model.dtype).eps ** 0.75 else \
+            f"its logits differ by {apart:.1e} standard deviations"
+    if reason:
+        model.set_attn_implementation(before)
+    return reason
+
+
+def drops(model):
+    """Whether the model has dropout anywhere, in the adapter or its own."""
+    own = getattr(model.config, "attention_dropout", 0)
+    return bool(own) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+
+
+def _cell(prefix, start, lengths, device):
+    s, ends = max(lengths), [start]
+    for n in lengths:
+        ends.append(ends[-1] + n)
+    grid = [[*range(a, b)] + [a] * (s - (b - a)) for a, b in zip(ends, ends[1:], strict=False)]
+    real = [line * s + t for line, n in enumerate(lengths) for t in range(n)]
+    return Cell(prefix, slice(start, ends[-1]), torch.tensor(grid, device=device),
+                torch.tensor(real, device=device))
+
+
+def _size(rows):
+    return rows.stop - rows.start

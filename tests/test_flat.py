@@ -1,0 +1,218 @@
+"""lora/flat.py against every sample computed alone: the same loss, gradients and logits."""
+
+import random
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import make_model
+from test_loss import assert_same_step, step
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import dataset
+from inject import inject
+from lora import flat, loss
+from lora.generate import Stop, generate
+from lora.loss import IGNORE_INDEX
+from lora.surgery import adapter_parameters, lora_layers
+
+SIZE = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 512, "initializer_range": 0.3}
+MODELS = {
+    "llama": lambda: make_model(max_position_embeddings=512),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=272, n_positions=512, resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0, initializer_range=0.3)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE)),
+    "mistral, window 8": lambda: MistralForCausalLM(MistralConfig(**SIZE, sliding_window=8)),
+    "gemma3, window 8": lambda: Gemma3ForCausalLM(Gemma3TextConfig(
+        **SIZE, sliding_window=8, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"])),
+}
+
+
+def adapted(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    inject(model, r=4, lora_alpha=8)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    return model
+
+
+def item(ids, spans):
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    return {"input_ids": ids, "labels": labels, "source": ""}
+
+
+def samples(p, seed=0):
+    """Seven that share p tokens: one and several answers, one of them inside the shared part, an
+    answer of one token, the same sample twice, one that is another's beginning."""
+    rng = random.Random(seed)
+    some = lambda n: [rng.randrange(3, 270) for _ in range(n)]                # noqa: E731
+    prefix = some(p)
+    long = prefix + some(30)
+    made = [item(long, [(p + 3, p + 7), (p + 20, p + 29)]),
+            item(prefix + some(9), [(p + 8, p + 9)]),
+            item(prefix + some(14), [(p + 1, p + 14)]), item(long, [(p + 3, p + 7)]),
+            item(prefix + some(21), [(max(1, p // 2), max(2, p // 2 + 3)), (p + 18, p + 20)]),
+            item(long[:p + 12], [(p + 3, p + 12)])]
+    return [*made, made[2]]
+
+
+def same_gradients(one, other):
+    assert abs(one[0] / other[0] - 1) < 1e-5
+    for a, b in zip(one[1], other[1], strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("p", [0, 30, 300])
+def test_loss_and_every_gradient_equal_those_of_the_samples_alone(name, p):
+    model, items = adapted(name), samples(p)
+    for layer in lora_layers(model).values():
+        layer.fused = False
+    alone = step(model, [dataset.collate([one], 0) for one in items], lean=False)
+    padded = step(model, dataset.micro_batches(items, 7, 0), lean=False)
+    same_gradients(padded, alone)
+    assert flat.enable(model) is None
+    for layer in lora_layers(model).values():
+        layer.fused = True
+    for layout in ("shared", "flat"):
+        for size in (7, 3):
+            same_gradients(step(model, dataset.micro_batches(items, size, 0, layout=layout)), alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("p", [0, 30])
+def test_no_sample_sees_another(name, p):
+    model, items = adapted(name), samples(p)
+    assert flat.enable(model) is None
+    changed = [dict(one) for one in items]
+    changed[0] = item([*items[0]["input_ids"][:p + 2], 5, *items[0]["input_ids"][p + 3:]],
+                      [(p + 3, p + 7), (p + 20, p + 29)])
+    one, other = flat.flatten(items), flat.flatten(changed)
+    before, after = loss.logits_at(model, one), loss.logits_at(model, other)
+    differs = (before != after).any(1)
+    assert differs.sum() == 13                            # all that sample 0 predicts, no other bit
+    assert one.rows.tolist() == other.rows.tolist()
+
+
+def test_the_grid_of_the_docstring():
+    s, t, a, b, c, d = range(3, 9)
+    batch = flat.flatten([item([s, t, a, b, c, 9], [(5, 6)]), item([s, t, d, 9], [(3, 4)])])
+    assert batch.inputs["input_ids"].tolist() == [[s, t, d, a, b, c]]         # the shorter first
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3, 4]]
+    prefix, own = batch.inputs["plan"].cells
+    assert prefix.grid.tolist() == [[0, 1]] and own.prefix == slice(0, 2)
+    assert own.grid.tolist() == [[2, 2, 2], [3, 4, 5]] and own.real.tolist() == [0, 3, 4, 5]
+    mask = batch.inputs["plan"].mask(1, None, torch.zeros(1))
+    assert (mask == 0).tolist() == [[True, True, True, False, False],
+                                    [True, True, True, True, False], [True] * 5]
+    assert batch.rows.tolist() == [2, 5] and batch.targets.tolist() == [9, 9]
+
+
+def test_tokens_without_a_label_after_them_are_left_out():
+    batch = flat.flatten([item([5, 6, 7, 8, 9], [(1, 3)])])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6]] and batch.targets.tolist() == [6, 7]
+
+
+def test_several_prompts_make_several_groups():
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 270) for _ in range(40)] for _ in range(3)]
+    items = [item([*prompts[i % 3], 7 + i, 8, 9], [(41, 43)]) for i in range(9)]
+    items.append(item([200, 201, 202, 203], [(2, 4)]))        # and one without a prompt
+    batch = flat.flatten(items)
+    assert batch.inputs["input_ids"].numel() == 3 * 40 + 9 * 2 + 3
+    model = adapted("llama")
+    alone = step(model, [dataset.collate([one], 0) for one in items])
+    assert flat.enable(model) is None
+    assert_same_step(step(model, [batch]), alone)
+
+
+def all_groupings(order):
+    for n in range(len(order)):
+        for cuts in combinations(range(1, len(order)), n):
+            yield [order[a:b] for a, b in zip((0, *cuts), (*cuts, len(order)), strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_groups_save_as_much_as_the_best_of_all_groupings(seed):
+    rng = random.Random(seed)
+    texts = [[rng.randrange(2) for _ in range(rng.randrange(1, 60))] for _ in range(6)]
+    texts += [texts[0][:20] + [rng.randrange(2) for _ in range(20)] for _ in range(2)]
+
+    def cost(groups):
+        total = 0
+        for group in groups:
+            p = len(flat.commonprefix([texts[i] for i in group])) if len(group) > 1 else 0
+            p = min(p, min(len(texts[i]) for i in group) - 1)
+            total += flat.GROUP_COST - (len(group) - 1) * p
+        return total
+    found = flat.groups(texts)
+    assert sorted(i for _, group in found for i in group) == list(range(8))
+    for p, group in found:
+        assert len({tuple(texts[i][:p]) for i in group}) == 1
+        assert all(len(texts[i]) > p for i in group)
+    order = sorted(range(8), key=lambda i: texts[i])
+    assert cost([group for _, group in found]) == min(map(cost, all_groupings(order)))
+
+
+def test_a_model_that_cannot_says_why_and_works_as_before():
+    torch.manual_seed(0)
+    for model, why in (
+            (make_model(attn_implementation="eager"), "its attention is eager, not sdpa"),
+            (BloomForCausalLM(BloomConfig(vocab_size=272, hidden_size=32, n_layer=1, n_head=4)),
+             "")):
+        model.eval()
+        before = model.config._attn_implementation
+        reason = flat.enable(model)
+        assert reason and why in reason and model.config._attn_implementation == before
+
+
+def test_padded_batches_and_generation_are_untouched():
+    model, items = adapted("llama"), samples(5)
+    batch, prompts = dataset.collate(items, 0), [one["input_ids"] for one in items]
+    before = loss.logits_at(model, batch), generate(model, prompts, Stop(frozenset()), 8)
+    assert flat.enable(model) is None
+    after = loss.logits_at(model, batch), generate(model, prompts, Stop(frozenset()), 8)
+    assert torch.equal(before[0], after[0]) and before[1] == after[1]
+
+
+def test_checkpointing_changes_no_gradient():
+    model, items = adapted("llama"), samples(30)
+    assert flat.enable(model) is None
+    model.train()
+    plain = step(model, [flat.flatten(items)])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_step(step(model, [flat.flatten(items)]), plain)
+
+
+def test_dropout_is_noticed_in_the_adapter_and_in_the_model():
+    model = make_model()
+    assert not flat.drops(model)
+    inject(model, r=2, lora_alpha=2, lora_dropout=0.1)
+    assert flat.drops(model)
+    assert flat.drops(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
+
+
+def test_only_the_adapter_gets_a_gradient():
+    model = adapted("llama")
+    assert flat.enable(model) is None
+    loss.ce_sum(model, flat.flatten(samples(30)))[0].backward()
+    with_gradient = {p for p in model.parameters() if p.grad is not None}
+    assert with_gradient == set(adapter_parameters(model))
