@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN ?= runs/demo
 BENCH := $(PY) -m benchmarks.train_speed
-ARMS := trl-default,trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
+ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
 .PHONY: setup train test slow lint plots doctor bench bench-full lines clean
@@ -35,10 +35,12 @@ bench: .venv/bench.done
 	$(BENCH) $(ARGS)
 
 bench-full: .venv/bench.done
-	$(BENCH) --reps 1 --arms trl-grid --out benchmarks/results/grid.json
-	for p in 0 30 100 300; do $(BENCH) --prefix $$p --arms $(ARMS),$(OFF) \
+	$(BENCH) --reps 1 --arms trl-grid,ours --out benchmarks/results/grid.json
+	for p in 0 30 100 300; do $(BENCH) --steps 2 --prefix $$p --arms $(ARMS),$(OFF) \
 	    --out benchmarks/results/smollm2-$$p.json || exit 1; done
 	$(BENCH) --model gemma-3-270m --arms $(ARMS) --out benchmarks/results/gemma-100.json
+	$(BENCH) --prefix 30 --batch 8 --steps 20 --reps 1 --arms trl-fp32-2x4-lengthgrouped,ours \
+	    --out benchmarks/results/curves-smollm2-30.json
 	$(PY) -m plots benchmarks/results
 
 lines:

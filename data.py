@@ -183,48 +183,61 @@ def read_examples(path):
         examples = fact_examples()
         print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
         return examples
-    path, problems, examples = Path(path), [], []
-    records, n_lines, n_blank = _records(path, problems)
-    for source, record in records:
+    path, problems, examples, lines = Path(path), [], [], {"filled": 0, "blank": 0}
+    for source, record in _records(path, problems, lines):
         try:
             made = _convert(record, source)
             problems += [f"{source}: {p}" for example in made for p in check(example)]
             examples += made
         except ValueError as error:
             problems.append(f"{source}: {error}")
+    n_lines = sum(lines.values())
     if not (problems or examples):
-        problems.append(f"{path}: holds no examples ({n_lines} lines, {n_blank} blank)")
+        problems.append(f"{path}: holds no examples ({n_lines} lines, {lines['blank']} blank)")
     if problems:
         raise ValueError("\n".join(f"data: {p}" for p in problems))
-    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({n_blank} blank)")
+    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({lines['blank']} blank)")
     return examples
 
 
-def _records(path, problems):
-    """[(source, record)], number of lines, blank lines. A file that starts with [ is one JSON
-    list; any other is a record a line. Lines end at \\n or \\r\\n and nowhere else: U+2028 inside
-    a text is not an end of line."""
+def _records(path, problems, lines):
+    """Yields (source, record) and counts filled and blank lines. A file that starts with [ is one
+    JSON list; any other is a record a line, read one at a time. Lines end at \\n or \\r\\n and
+    nowhere else: U+2028 inside a text is not an end of line."""
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        with open(path, "rb") as file:
+            for n, raw in enumerate(file, 1):
+                is_list = not lines["filled"] and raw.removeprefix(BOM).lstrip().startswith(b"[")
+                text = _decode(raw + file.read() if is_list else raw, path, n)
+                more = text.removesuffix("\n").split("\n")
+                lines["filled"] += sum(bool(line.strip()) for line in more)
+                lines["blank"] += sum(not line.strip() for line in more)
+                source = str(path) if is_list else f"{path}:{n}"
+                try:
+                    records = json.loads(text) if text.strip() else []
+                except (ValueError, RecursionError) as error:
+                    problems.append(f"{source}: not JSON: {error}")
+                    continue
+                if is_list:
+                    yield from ((f"{path}: record {i}", r) for i, r in enumerate(records, 1))
+                elif text.strip():
+                    yield source, records
     except OSError as error:
         raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
                          '.json file, or "data.py"') from error
+
+
+BOM = "\ufeff".encode()
+
+
+def _decode(raw, path, n):
+    """Bytes from line n on as a text, without a BOM at the start of the file."""
+    try:
+        return raw.decode("utf-8-sig" if n == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = n + raw.count(b"\n", 0, error.start)
         raise ValueError(f"data: {path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
                          "save the file as UTF-8") from error
-    lines = text.removesuffix("\n").split("\n") if text else []
-    filled = [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    is_list, records = text.lstrip().startswith("["), []
-    for source, piece in [(str(path), text)] if is_list else filled:
-        try:
-            records.append((source, json.loads(piece)))
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{source}: not JSON: {error}")
-    if is_list and records:
-        records = [(f"{path}: record {n}", r) for n, r in enumerate(records[0][1], 1)]
-    return records, len(lines), len(lines) - len(filled)
 
 
 def _convert(record, source):

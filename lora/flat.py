@@ -39,9 +39,8 @@ class Cell(NamedTuple):
     """Samples of similar length that attend in one call."""
 
     prefix: slice                 # rows of the shared prefix, P of them; may be empty
-    rows: slice                   # rows of the samples' own tokens, n of them
-    grid: torch.Tensor            # (b, s) the same rows, a sample a line; pads repeat the first
-    real: torch.Tensor            # (n,) which cells of grid.flatten() are no pads
+    grid: torch.Tensor            # (b, s) rows of own tokens, a sample a line; pads repeat one
+    real: torch.Tensor            # (n,) which of grid.flatten() are no pads: rows in flat order
 
 
 class Plan:
@@ -126,7 +125,7 @@ def attend(module, query, key, value, attention_mask, *, plan, scaling=None, dro
         raise ValueError("attention with a softcap")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))             # (T, heads, d)
     out = []
-    for i, (prefix, _, grid, real) in enumerate(plan.cells):
+    for i, (prefix, grid, real) in enumerate(plan.cells):
         b, s = grid.shape
         qs, ks, vs = (x.index_select(0, grid.view(-1)).view(b, s, *x.shape[1:])
                       for x in (q, k, v))                                     # (b, s, heads, d)
@@ -147,11 +146,12 @@ def enable(model):
     before = model.config._attn_implementation
     if before != "sdpa":
         return f"its attention is {before}, not sdpa"
-    ids = torch.randperm(model.config.get_text_config().vocab_size,
-                         generator=torch.Generator().manual_seed(0))[:160].view(4, 40)
-    ids[1:3, :25] = ids[0, :25]
-    items = [{"input_ids": row[:n], "labels": row[:n]}
-             for row, n in zip(ids.tolist(), (40, 27, 33, 30), strict=True)]
+    v = model.config.get_text_config().vocab_size
+    n, random = min(40, v // 4), torch.Generator().manual_seed(0)
+    ids = torch.randperm(v, generator=random)[:4 * n].view(4, n)
+    ids[1:3, :n // 2] = ids[0, :n // 2]                       # three share half, the last nothing
+    items = [{key: row[:n - 2 * i] for key in ("input_ids", "labels")}
+             for i, row in enumerate(ids.tolist())]
     alone = torch.cat([logits_at(model, Batch(
         {"input_ids": torch.tensor([item["input_ids"][:-1]], device=model.device)},
         torch.arange(len(item["labels"]) - 1, device=model.device), None)) for item in items])
@@ -179,13 +179,13 @@ def drops(model):
 
 
 def _cell(prefix, start, lengths, device):
-    s, ends = max(lengths), [start]
-    for n in lengths:
-        ends.append(ends[-1] + n)
-    grid = [[*range(a, b)] + [a] * (s - (b - a)) for a, b in zip(ends, ends[1:], strict=False)]
-    real = [line * s + t for line, n in enumerate(lengths) for t in range(n)]
-    return Cell(prefix, slice(start, ends[-1]), torch.tensor(grid, device=device),
-                torch.tensor(real, device=device))
+    """The Cell of samples whose own tokens are the rows from start on."""
+    s, grid, real = max(lengths), [], []
+    for line, n in enumerate(lengths):
+        grid.append([*range(start, start + n)] + [start] * (s - n))
+        real += range(line * s, line * s + n)
+        start += n
+    return Cell(prefix, torch.tensor(grid, device=device), torch.tensor(real, device=device))
 
 
 def _size(rows):

@@ -1,6 +1,7 @@
 """
 loss.png: training and validation loss over steps, the best step marked; below it recall where it
-was measured, and the learning rate. loss-dark.png is the same for a dark page.
+was measured, and the learning rate. speed.png: samples a second of the trainers that were compared,
+and their losses. loss-dark.png and speed-dark.png are the same for a dark page.
 """
 
 import json
@@ -18,16 +19,19 @@ DARK = {"paper": "#0d1117", "ink": "#d6dce4", "faint": "#30363d",
 
 
 def draw(run):
-    """Write loss.png and loss-dark.png into a run's folder; returns the path of the first.
+    """Write loss.png and loss-dark.png into a run's folder, or speed.png and speed-dark.png into
+    one of benchmark results; returns the path of the first.
 
     Raises ValueError if there is no metrics.jsonl or nothing in it to draw.
     """
-    lines = read_metrics(Path(run) / "metrics.jsonl")
-    for name, colours in (("loss-dark.png", DARK), ("loss.png", LIGHT)):
-        figure = curves(lines, Path(run).name, colours)
-        figure.savefig(Path(run) / name, dpi=150, facecolor=colours["paper"])
+    results = [json.loads(file.read_text()) for file in sorted(Path(run).glob("*-*.json"))]
+    name = "speed" if results else "loss"
+    lines = results or read_metrics(Path(run) / "metrics.jsonl")
+    for end, colours in (("-dark.png", DARK), (".png", LIGHT)):
+        figure = bars(lines, colours) if results else curves(lines, Path(run).name, colours)
+        figure.savefig(Path(run) / (name + end), dpi=150, facecolor=colours["paper"])
         plt.close(figure)
-    return Path(run) / "loss.png"
+    return Path(run) / f"{name}.png"
 
 
 def read_metrics(file):
@@ -102,4 +106,52 @@ def curves(lines, title, colours):
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
     figure.align_ylabels()
+    return figure
+
+
+def bars(results, colours):
+    """A figure of benchmark results. Left, for each, samples a second of the fastest TRL settings,
+    of TRL with transformers' loss put in, and of ours; right the losses of the longest run, which
+    should be one line."""
+    groups = [r for r in results if "ours" in r["results"]]
+    groups.sort(key=lambda r: ("smollm2" not in r["model"], r["model"], r["prefix"]))
+    longest = max(groups, key=lambda r: r["steps"])
+    groups.remove(longest)
+    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
+                                       "ytick.color"), colours["ink"]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.8 * len(groups)),
+                                         layout="constrained", width_ratios=(3, 2))
+    kinds = {"TRL, its fastest settings": "train", "TRL, transformers' loss put in": "lr",
+             "ours": "val"}
+    for y, group in enumerate(groups):
+        ours = group["results"]["ours"]
+        for i, (kind, colour) in enumerate(kinds.items()):
+            arms = [arm for name, arm in group["results"].items() if "error" not in arm and i == (
+                2 if name == "ours" else 1 if "fulllogits" in name else 0 if "trl-" in name else 3)]
+            if arms:
+                arm = max(arms, key=lambda arm: arm["samples_per_s"])
+                rate, at = arm["samples_per_s"], y + 0.27 * (i - 1)
+                spread = [[rate - arm["slowest"]], [arm["fastest"] - rate]]
+                left.barh(at, rate, 0.25, color=colours[colour], xerr=spread,
+                          ecolor=colours["ink"], label=kind if y == 0 else None)
+                times = f" (ours: {ours['samples_per_s'] / rate:.1f} times)" if i < 2 else ""
+                left.text(arm["fastest"], at, f"  {rate:.2f}{times}", va="center", fontsize=9)
+    left.set(yticks=range(len(groups)), xlabel="samples a second", yticklabels=[
+        f"{g['model'].removesuffix('-instruct')}\n{g['prefix']} shared tokens" for g in groups])
+    left.set_xlim(0, 1.15 * max(g["results"]["ours"]["fastest"] for g in groups))
+    left.invert_yaxis()
+    left.legend(frameon=False, loc="lower right")
+
+    for name, arm in longest["results"].items():
+        ours = name == "ours"
+        right.plot(range(1, len(arm["losses"]) + 1), arm["losses"], label=name,
+                   lw=2 if ours else 6, alpha=1 if ours else 0.4,
+                   color=colours["val" if ours else "train"])
+    right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    right.set_title("the same loss", loc="left", fontweight="bold", color=colours["ink"])
+    right.legend(frameon=False)
+    for panel in (left, right):
+        panel.set_facecolor(colours["paper"])
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
     return figure

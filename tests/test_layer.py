@@ -145,3 +145,41 @@ def test_kaiming_a_and_zero_b(model):
     inject(model, r=4, lora_alpha=8)
     a, b = adapter_parameters(model)[:2]
     assert b.abs().max() == 0 and 0 < a.abs().max() <= 1 / 32**0.5   # uniform in 1 / sqrt(d_in)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 40, bias=False), lambda: nn.Linear(24, 40),
+                                  lambda: Conv1D(40, 24)])
+def test_the_gradients_by_hand_are_those_of_autograd(make, dtype):
+    torch.manual_seed(0)
+    layer = moved(LoRALinear(make().to(dtype).requires_grad_(False), r=4, lora_alpha=8))
+    x, dy = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 5, 40).to(dtype)
+    found = []
+    for layer.fused in (False, True):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(dy)
+        found.append((y.detach(), leaf.grad, layer.lora_A.grad, layer.lora_B.grad))
+    assert found[1][2].dtype == found[1][3].dtype == torch.float32
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": .3, "rtol": .02}
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, **close)
+
+
+def test_dropout_and_a_packed_base_take_the_plain_way():
+    class Packed(nn.Linear):
+        """Stands for a 4-bit layer: a Linear whose weight is no matrix."""
+
+    x = torch.ones(3, 8)
+    torch.manual_seed(0)
+    dropped = moved(LoRALinear(nn.Linear(8, 8), 2, 4, lora_dropout=0.5)).train()
+    assert not torch.equal(dropped(x)[0], dropped(x)[1])
+    assert not LoRALinear(Packed(8, 8), 2, 4).dense
+    assert "LoRAFunction" not in str(LoRALinear(Packed(8, 8), 2, 4)(x).grad_fn)
+
+
+def test_an_input_without_a_gradient_gets_none():
+    layer = moved(LoRALinear(nn.Linear(8, 8).requires_grad_(False), 2, 4))
+    layer(torch.ones(3, 8)).sum().backward()
+    assert layer.lora_A.grad.abs().sum() > 0 and layer.base_layer.weight.grad is None

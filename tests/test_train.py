@@ -189,3 +189,38 @@ def test_windows_hold_every_example_once_an_epoch_and_keep_the_short_last_one():
 
 def test_the_default_config_is_valid():
     assert config.load(ROOT / "config.json").train.run == "demo"
+
+
+@pytest.fixture
+def plain_run(home):
+    """The losses of a run with every lever off."""
+    run(home, "--train.run=plain", "--train.layout=padded", *OFF)
+    return [x["loss"] for x in metrics(home, "plain") if "loss" in x]
+
+
+OFF = ("--train.lean_head=false", "--train.fused_lora=false", "--train.fused_leaves=false")
+
+
+@pytest.mark.parametrize("args", [
+    (), ("--train.layout=flat",), ("--train.layout=padded",), OFF, ("--train.checkpointing=true",),
+    ("--train.grad_accum=2",)], ids=str)
+def test_no_lever_changes_the_losses(home, plain_run, args):
+    done = run(home, *args)
+    assert done.returncode == 0, done.stderr
+    assert "memory: a step of " in done.stdout
+    losses = [x["loss"] for x in metrics(home) if "loss" in x]
+    assert losses == pytest.approx(plain_run, rel=1e-3)       # after 15 steps that add up rounding
+    assert losses[:3] == pytest.approx(plain_run[:3], rel=1e-5)
+
+
+def test_with_dropout_no_prompt_is_shared_and_the_run_says_so(home):
+    done = run(home, "--lora.lora_dropout=0.1", "--train.epochs=1")
+    assert done.returncode == 0 and "with dropout no prompt is shared" in done.stdout
+
+
+def test_a_model_without_the_attention_interface_is_trained_padded(home, tiny_folder):
+    settings = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps({**settings, "attn_implementation": "eager",
+                                                         "_attn_implementation": "eager"}))
+    done = run(home, "--train.epochs=1")
+    assert done.returncode == 0
