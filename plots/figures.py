@@ -140,9 +140,12 @@ def bars(results, colours):
         f"{g['model'].removesuffix('-instruct')}\n{g['prefix']} shared tokens" for g in groups])
     left.set_xlim(0, 1.15 * max(g["results"]["ours"]["fastest"] for g in groups))
     left.invert_yaxis()
-    left.legend(frameon=False, loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper left",
+                  ncols=3)
 
     for name, arm in longest["results"].items():
+        if "error" in arm:
+            continue
         ours = name == "ours"
         right.plot(range(1, len(arm["losses"]) + 1), arm["losses"], label=name,
                    lw=2 if ours else 6, alpha=1 if ours else 0.4,

@@ -114,3 +114,17 @@ def test_the_command_draws_and_fails_in_one_line(tmp_path):
 def test_plots_never_import_torch():
     done = python("-c", "import plots.figures, sys; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+def test_benchmark_results_become_bars_and_curves(tmp_path):
+    def arm(rate):
+        return {"samples_per_s": rate, "slowest": 0.9 * rate, "fastest": 1.1 * rate,
+                "losses": [2.0, 1.0]}
+    for name, prefix, steps in (("smollm2-0", 0, 1), ("gemma-100", 100, 1), ("curves-30", 30, 20)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "model": name, "prefix": prefix, "steps": steps, "results": {
+                "trl-fp32-4x4": arm(1), "trl-bf16-4x4": {"error": "refused"},
+                "trl-fp32-4x4-fulllogits": arm(1.5), "peft-loop": arm(1), "ours": arm(4)}}))
+    assert draw(tmp_path) == tmp_path / "speed.png"
+    assert (tmp_path / "speed-dark.png").read_bytes().startswith(b"\x89PNG")
+    assert not plt.get_fignums()

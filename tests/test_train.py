@@ -218,9 +218,7 @@ def test_with_dropout_no_prompt_is_shared_and_the_run_says_so(home):
     assert done.returncode == 0 and "with dropout no prompt is shared" in done.stdout
 
 
-def test_a_model_without_the_attention_interface_is_trained_padded(home, tiny_folder):
-    settings = json.loads((tiny_folder / "config.json").read_text())
-    (tiny_folder / "config.json").write_text(json.dumps({**settings, "attn_implementation": "eager",
-                                                         "_attn_implementation": "eager"}))
+def test_a_model_that_cannot_take_flat_batches_is_trained_on_padded_ones(home, monkeypatch):
+    monkeypatch.setattr(train.flat, "enable", lambda model: "it has none")
     done = run(home, "--train.epochs=1")
-    assert done.returncode == 0
+    assert done.returncode == 0 and "train: batches are padded: it has none" in done.stdout
