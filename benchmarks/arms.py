@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import dataset
 from inject import inject
-from lora import base, fetch, flat, leaves, loss, runlog, surgery
+from lora import base, fetch, flat, leaves, loss, memory, runlog, surgery
 from lora.optim import AdamW
 
 R, ALPHA, LR, CLIP, BETAS, EPS, DECAY, SEED = 16, 32, 1e-3, 1.0, (0.9, 0.999), 1e-8, 0.0, 0
@@ -220,14 +220,18 @@ def run_ours(arm, model, tokenizer, steps):
     if arm == "ours-checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     initial_a, parameters = same_start(model), surgery.adapter_parameters(model.train())
-    optimizer = AdamW(parameters, BETAS, EPS, DECAY)
+    optimizer, lean = AdamW(parameters, BETAS, EPS, DECAY), "lean-head" not in off
+
+    def batches(samples):
+        return dataset.micro_batches(samples, len(samples), tokenizer.pad_token_id or 0,
+                                     model.device, layout)
+    parts = memory.estimate(model, *batches(steps[0][:2]), *batches(steps[0]), lean)
 
     def one_step(step):
-        micro = dataset.micro_batches(step, len(step), tokenizer.pad_token_id or 0, model.device,
-                                      layout)
+        micro = batches(step)
         n_tokens, total = sum(len(batch.targets) for batch in micro), 0.0
         for batch in micro:
-            ce, _ = loss.ce_sum(model, batch, lean="lean-head" not in off)
+            ce, _ = loss.ce_sum(model, batch, lean)
             (ce / n_tokens).backward()
             total += ce.item() / n_tokens
         clip_grad_norm_(parameters, CLIP)
@@ -235,7 +239,7 @@ def run_ours(arm, model, tokenizer, steps):
         optimizer.zero_grad()
         return total, [(s["input_ids"], s["labels"]) for s in step]
 
-    return *clocked(one_step, steps), initial_a
+    return *clocked(one_step, steps), initial_a, {"estimate_gib": sum(parts.values()) / 2**30}
 
 
 def clocked(one_step, steps):
@@ -268,10 +272,11 @@ def work(arm, model, prefix, batch, steps, dtype, device):
     model = base.load_model(folder, device, dtype)
     flops, loaded = useful_flops(model, steps, prefix), runlog.peak_memory_gib(device)
     run = {"trl": run_trl, "peft": run_peft, "ours": run_ours}[arm.partition("-")[0]]
-    losses, seconds, got, initial_a = run(arm, model, tokenizer, steps)
-    return {"losses": losses, "seconds": seconds, "hashes": [step_hash(rows) for rows in got],
-            "initial_a": initial_a, "flops": flops, "loaded_gib": loaded,
-            "peak_gib": runlog.peak_memory_gib(device), "dtype": short(computes_in)}
+    losses, seconds, got, initial_a, *more = run(arm, model, tokenizer, steps)
+    return {**dict(*more), "losses": losses, "seconds": seconds,
+            "hashes": [step_hash(rows) for rows in got], "initial_a": initial_a, "flops": flops,
+            "loaded_gib": loaded, "peak_gib": runlog.peak_memory_gib(device),
+            "dtype": short(computes_in)}
 
 
 def machine(device, n=4096):

@@ -141,6 +141,7 @@ def summary(results, host, asked):
             "process_seconds": median(result["process_seconds"] for result in results),
             "peak_gib": max(result["peak_gib"] for result in results),
             "loaded_gib": max(result["loaded_gib"] for result in results),
+            "estimate_gib": first.get("estimate_gib"),     # what train.py prints
             "of_peak": work_rate / host["peak_flops"][dtype], "dtype": dtype,
             "initial_a": first["initial_a"], "losses": first["losses"],
             "seconds": [result["seconds"] for result in results]}
