@@ -1,7 +1,7 @@
 # Every target does its own set-up; a second call does no work twice.
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
-#   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: two hours
+#   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN ?= runs/demo

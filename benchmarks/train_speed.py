@@ -98,9 +98,10 @@ def main():
     compare(arms)
     print("\n".join(table(arms)))
     speed = {name: arm["samples_per_s"] for name, arm in arms.items() if "error" not in arm}
-    for name in speed if "ours" in speed else ():
+    for name in speed.keys() - {"ours"} if "ours" in speed else ():
         print(f"ours / {name}: {speed['ours'] / speed[name]:.2f}")
-    line = json.dumps({**vars(asked), "machine": host, "results": arms})
+    settings = {key: value for key, value in vars(asked).items() if key != "out"}
+    line = json.dumps({**settings, "machine": host, "results": arms})
     if asked.out:
         Path(asked.out).write_text(line + "\n", encoding="utf-8")
     print(line)
