@@ -98,8 +98,9 @@ def main():
     compare(arms)
     print("\n".join(table(arms)))
     speed = {name: arm["samples_per_s"] for name, arm in arms.items() if "error" not in arm}
-    for name in speed.keys() - {"ours"} if "ours" in speed else ():
-        print(f"ours / {name}: {speed['ours'] / speed[name]:.2f}")
+    if "ours" in speed:
+        for name in speed:
+            print(f"{speed['ours'] / speed[name]:6.2f} times {name}")
     settings = {key: value for key, value in vars(asked).items() if key != "out"}
     line = json.dumps({**settings, "machine": host, "results": arms})
     if asked.out:
