@@ -1,0 +1,207 @@
+"""
+What can be measured on texts without a judge: repetition, copying, echo, diversity.
+
+A word is a run of letters and digits; every Chinese, Japanese or Korean character is one by itself.
+Definitions follow the literature where it has them: distinct-n (Li et al. 2016, arXiv:1510.03055,
+section 5), rep-n (Welleck et al. 2019, arXiv:1908.04319, section 6). Standard library only.
+"""
+
+import math
+import random
+import re
+from collections import Counter
+from difflib import SequenceMatcher
+from itertools import chain, islice
+from statistics import mean
+from typing import NamedTuple
+
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’][^\W_]+)*")
+
+
+def words(text):
+    """["don't", "stop", "你", "好"] of "Don't stop, 你好!"."""
+    return [match[0].casefold() for match in WORD.finditer(text)]
+
+
+def ngrams(items, n):
+    """All runs of n neighbours, in order."""
+    return list(zip(*(islice(items, i, None) for i in range(n)), strict=False))
+
+
+# ----- one text ----------------------------------------------------------------------------------
+
+
+def rep(text, n=4):
+    """Share of a text's n-grams of words that it has said before, 0 to 1."""
+    grams = ngrams(words(text), n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def loops(text, longest=16):
+    """[(start, end)] of the places where the same n words follow each other three times or more (a
+    single word: four times), as character offsets."""
+    found, spans = [(m.start(), m.end()) for m in WORD.finditer(text)], []
+    said, i = words(text), 0
+    while i < len(said):
+        end = i
+        for n in range(1, longest + 1):
+            same = 0
+            while i + n + same < len(said) and said[i + n + same] == said[i + same]:
+                same += 1
+            if same // n + 1 >= (4 if n == 1 else 3):
+                end = max(end, i + n + same)
+        if end > i:
+            spans.append((found[i][0], found[end - 1][1]))
+        i = max(end, i + 1)
+    return spans
+
+
+def echo(prompt, answer):
+    """The longest stretch of the answer that stands in the prompt, as a share of the answer."""
+    if not answer:
+        return 0.0
+    match = SequenceMatcher(None, prompt.casefold(), answer.casefold(), autojunk=False)
+    return match.find_longest_match().size / len(answer)
+
+
+BREAKS = re.compile("|".join((
+    r"\bas an? (?:AI|artificial|language model|chatbot|virtual)\b",
+    r"\bI(?:'m| am) (?:just |only )?an? (?:AI|artificial|(?:large )?language model|chatbot|virtual)\b",
+    r"\b(?:developed|created|trained|made) by (?:OpenAI|Hugging ?Face|Google|Anthropic|Meta)\b",
+    r"\b(?:ChatGPT|SmolLM|Qwen|GPT-\d)",
+    r"\bI(?:'m sorry, but I)? (?:cannot|can't) (?:assist|help with that|fulfil)",
+    "作为(?:一个)?(?:AI|人工智能|语言模型|助手)",
+    "我是(?:一个)?(?:AI|人工智能|语言模型|通义|智能助手)", "由(?:OpenAI|阿里)")), re.I)
+
+
+def breaks(text):
+    """The phrases with which a text falls out of character: "as an AI", a vendor's name, ..."""
+    return [match[0] for match in BREAKS.finditer(text)]
+
+
+# ----- a text against others ---------------------------------------------------------------------
+
+
+class Copies:
+    """Finds stretches of a text that stand in one of the sources {name: text}, character by
+    character: Copies(sources).of(text). Blocks of half the size are indexed, without overlap: a
+    common stretch of the full size contains one of them whole."""
+
+    def __init__(self, sources, size=20):
+        self.sources, self.size, self.block = sources, size, size // 2
+        self.index = {}
+        for name, text in sources.items():
+            for at in range(0, len(text) - self.block + 1, self.block):
+                self.index.setdefault(text[at:at + self.block], []).append((name, at))
+
+    def of(self, text):
+        """[(start, end, name of the source)] of all stretches of at least size characters that
+        are not part of a longer one, in order."""
+        found, done = [], 0
+        for i in range(len(text) - self.block + 1):
+            best = (0, 0, None)
+            for name, at in self.index.get(text[i:i + self.block], ()):
+                source, a, b, n = self.sources[name], i, at, self.block
+                while a > 0 and b > 0 and text[a - 1] == source[b - 1]:
+                    a, b, n = a - 1, b - 1, n + 1
+                while a + n < len(text) and b + n < len(source) and text[a + n] == source[b + n]:
+                    n += 1
+                if n > best[1] - best[0]:
+                    best = (a, a + n, name)
+            if best[1] - best[0] >= self.size and best[1] > done:
+                found, done = [f for f in found if f[0] < best[0]] + [best], best[1]
+        return found
+
+
+def near_duplicates(texts, threshold=0.6, n=3):
+    """[(i, j, similarity)] of all pairs whose sets of n-grams have a Jaccard similarity of at least
+    threshold, most alike first; texts shorter than n words are alike if they are equal.
+
+    Exact, without comparing all pairs: two such sets share one of the rarest |x| - ceil(t |x|) + 1
+    members of each (Chaudhuri et al. 2006, prefix filtering)."""
+    sets = [set(ngrams(w, n)) or {tuple(w)} for w in map(words, texts)]
+    count = Counter(chain.from_iterable(sets))
+    index, pairs = {}, []
+    for j, mine in enumerate(sets):
+        rare = sorted(mine, key=lambda gram: (count[gram], gram))
+        rare = rare[:len(rare) - math.ceil(threshold * len(rare)) + 1]
+        for i in {i for gram in rare for i in index.get(gram, ())}:
+            similarity = len(mine & sets[i]) / len(mine | sets[i])
+            if similarity >= threshold:
+                pairs.append((i, j, similarity))
+        for gram in rare:
+            index.setdefault(gram, []).append(j)
+    return sorted(pairs, key=lambda pair: (-pair[2], pair))
+
+
+def shared_ngrams(texts, others, n=8):
+    """[(index of the text, n-gram)]: the first run of n words a text shares with the others."""
+    known = {gram for other in others for gram in ngrams(words(other), n)}
+    hits = ((i, next((g for g in ngrams(words(t), n) if g in known), None))
+            for i, t in enumerate(texts))
+    return [(i, " ".join(gram)) for i, gram in hits if gram]
+
+
+# ----- many texts --------------------------------------------------------------------------------
+
+
+def distinct(texts, n, limit=None):
+    """distinct-n: different n-grams / n-grams, over the first limit words of all texts. It falls
+    as texts grow, so compare with the same limit."""
+    grams = ngrams(list(islice(chain.from_iterable(map(words, texts)), limit)), n)
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def sameness(texts, n=3):
+    """How alike the answers to different prompts are: for each text the highest Jaccard similarity
+    with another one, 0 to 1, as a list."""
+    sets = [set(ngrams(words(text), n)) for text in texts]
+    return [max((len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i and a | b),
+                default=0.0) for i, a in enumerate(sets)]
+
+
+def moved(texts, others, top=12, prior=0.5):
+    """[(word, z)]: the words that texts use more than others, and by how much: log-odds with a
+    Dirichlet prior, over their standard error (Monroe et al. 2008, Fightin' Words, section 3.5)."""
+    a, b = (Counter(chain.from_iterable(map(words, part))) for part in (texts, others))
+    both = a + b
+    n_a, n_b, n_prior = a.total(), b.total(), prior * (len(both) + 1)
+
+    def z(word):
+        x, y = a[word] + prior, b[word] + prior
+        odds = math.log(x / (n_a + n_prior - x)) - math.log(y / (n_b + n_prior - y))
+        return odds / math.sqrt(1 / x + 1 / y)
+    return sorted(((word, z(word)) for word in a if z(word) > 0), key=lambda p: (-p[1], p))[:top]
+
+
+# ----- how sure ----------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval, from n observations."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(items, statistic=mean, rounds=1000, seed=0):
+    """The percentile bootstrap interval of a statistic of a list (Efron 1979): resample the list
+    with replacement. Paired differences are bootstrapped by passing the differences."""
+    items, draw = list(items), random.Random(seed)
+    if not items:
+        return None
+    seen = sorted(statistic(draw.choices(items, k=len(items))) for _ in range(rounds))
+    return Interval(statistic(items), seen[round(0.025 * (rounds - 1))],
+                    seen[round(0.975 * (rounds - 1))], len(items))
+
+
+def wilson(hits, n, z=1.96):
+    """The Wilson score interval of a share (Wilson 1927)."""
+    if not n:
+        return None
+    p, q = hits / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n))
+    return Interval(p, (p + q / 2 - half) / (1 + q), (p + q / 2 + half) / (1 + q), n)
