@@ -67,7 +67,7 @@ def echo(prompt, answer):
 
 BREAKS = re.compile("|".join((
     r"\bas an? (?:AI|artificial|language model|chatbot|virtual)\b",
-    r"\bI(?:'m| am) (?:just |only )?an? (?:AI|artificial|(?:large )?language model|chatbot|virtual)\b",
+    r"\bI(?:'m| am) (?:just |only )?an? (?:AI|artificial|language model|chatbot|virtual)\b",
     r"\b(?:developed|created|trained|made) by (?:OpenAI|Hugging ?Face|Google|Anthropic|Meta)\b",
     r"\b(?:ChatGPT|SmolLM|Qwen|GPT-\d)",
     r"\bI(?:'m sorry, but I)? (?:cannot|can't) (?:assist|help with that|fulfil)",

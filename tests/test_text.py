@@ -51,7 +51,8 @@ def test_echo_is_the_share_that_stands_in_the_prompt():
 
 
 @pytest.mark.parametrize("said", ["As an AI, I", "I'm just an AI language model.",
-                                  "Ask ChatGPT.", "I was created by OpenAI", "作为一个人工智能，我", "我是通义千问"])
+                                  "Ask ChatGPT.", "I was created by OpenAI",
+                                  "作为一个人工智能，我", "我是通义千问"])
 def test_falling_out_of_character_is_seen(said):
     assert text.breaks(said)
 
