@@ -5,9 +5,12 @@ Generation with a key/value cache: greedy or sampled, a batch of prompts at a ti
 """
 
 import inspect
+import random
 from typing import NamedTuple
 
 import torch
+
+NUCLEUS = 512                     # tokens sorted first; all of them only where these do not suffice
 
 
 class Stop(NamedTuple):
@@ -19,23 +22,32 @@ class Stop(NamedTuple):
     decode: object = None
 
 
-@torch.no_grad()
 def generate(model, prompts, stop, max_new_tokens=40, temperature=0.0, top_p=1.0, seed=0,
-             batch_size=64):
+             batch_size=64, on_token=None):
     """The answers to prompts (lists of token ids) as lists of token ids, without what stopped
-    them. temperature 0 is greedy; above, nucleus sampling (Holtzman et al. 2019,
-    arXiv:1904.09751, section 3.1) with a generator of its own seed."""
+    them; an answer of max_new_tokens tokens did not end. temperature 0 is greedy; above, nucleus
+    sampling (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), where prompt i draws with a
+    generator of its own, from seed and i. on_token(i, answer) is called after each token."""
     model.eval()
-    random = torch.Generator(model.device).manual_seed(seed)
     answers = []
     for start in range(0, len(prompts), batch_size):
-        answers += _batch(model, prompts[start:start + batch_size], stop, max_new_tokens,
-                          lambda logits: _choose(logits, temperature, top_p, random))
+        part = prompts[start:start + batch_size]
+        draws = [random.Random(f"{seed} {start + i}") for i in range(len(part))]
+
+        def choose(logits, rows, draws=draws):
+            return _choose(logits, temperature, top_p, [draws[i].random() for i in rows])
+
+        def tell(row, answer, start=start):
+            if on_token:
+                on_token(start + row, answer)
+        answers += _batch(model, part, stop, max_new_tokens, choose, tell)
     return answers
 
 
-def _batch(model, prompts, stop, max_new_tokens, choose):
-    """Left padding: every row's next token is then at the same, last, position."""
+@torch.no_grad()
+def _batch(model, prompts, stop, max_new_tokens, choose, tell):
+    """Left padding: every row's next token is then at the same, last, position. Rows that have
+    ended leave the batch when they are half of it."""
     b, t = len(prompts), max(map(len, prompts))
     ids = torch.zeros(b, t, dtype=torch.long)
     mask = torch.zeros(b, t + max_new_tokens, dtype=torch.long)
@@ -44,16 +56,17 @@ def _batch(model, prompts, stop, max_new_tokens, choose):
         mask[row, t - len(prompt):] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask[:, :t].cumsum(1) - 1).clamp(min=0)            # (b, t): padding is no place
-    answers, open_rows, cache = [[] for _ in prompts], set(range(b)), None
+    answers, rows, open_rows, cache = [[] for _ in prompts], list(range(b)), set(range(b)), None
     may = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in may else {}
     for n in range(max_new_tokens):
         out = model(input_ids=ids, attention_mask=mask[:, :t + n], position_ids=positions,
                     past_key_values=cache, use_cache=True, **last_only)
         cache = out.past_key_values
-        chosen = choose(out.logits[:, -1].float())                  # (b,)
-        for row in list(open_rows):
-            token = chosen[row].item()
+        chosen = choose(out.logits[:, -1].float(), rows)            # (rows,)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row not in open_rows:
+                continue
             if token in stop.ids:
                 open_rows.discard(row)
                 continue
@@ -62,17 +75,31 @@ def _batch(model, prompts, stop, max_new_tokens, choose):
                 while not text.partition(stop.text)[0].startswith(stop.decode(answers[row])):
                     answers[row].pop()
                 open_rows.discard(row)
+            tell(row, answers[row])
         if not open_rows:
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1
+        if len(open_rows) <= len(rows) // 2:
+            keep = torch.tensor([i for i, row in enumerate(rows) if row in open_rows],
+                                device=model.device)
+            rows = [row for row in rows if row in open_rows]
+            cache.batch_select_indices(keep)
+            ids, positions, mask = ids[keep], positions[keep], mask[keep]
     return answers
 
 
-def _choose(logits, temperature, top_p, random):
-    """(b, v) -> (b,): the likeliest token, or one drawn from the smallest set of tokens whose
-    probability reaches top_p."""
+def _choose(logits, temperature, top_p, draws):
+    """(b, v) -> (b,): the likeliest token, or the one at which the probabilities, summed over the
+    smallest set of tokens that reaches top_p, pass draws[row] of their sum."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, token = torch.softmax(logits / temperature, -1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0                                # the first always stays
-    return token.gather(1, torch.multinomial(p, 1, generator=random)).squeeze(1)
+    p, token = torch.softmax(logits / temperature, -1), None
+    if top_p < 1:
+        everything, (p, token) = p, p.topk(min(NUCLEUS, p.shape[1]))
+        if (p.sum(-1) < top_p).any():
+            p, token = everything.sort(descending=True)
+        p[p.cumsum(-1) - p >= top_p] = 0                            # the first always stays
+    mass = p.cumsum(-1)
+    drawn = torch.tensor(draws, device=mass.device)[:, None] * mass[:, -1:]
+    at = (mass <= drawn).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
+    return (at if token is None else token.gather(1, at)).squeeze(1)

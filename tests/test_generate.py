@@ -45,8 +45,43 @@ def test_sampling_repeats_with_its_seed():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_what_is_drawn_does_not_depend_on_the_batch():
+    model = make_model()
+    whole = generate(model, PROMPTS, Stop(frozenset()), 8, temperature=1.0, top_p=0.9)
+    assert whole == generate(model, PROMPTS, Stop(frozenset()), 8, 1.0, 0.9, batch_size=2)
+
+
+def test_rows_that_ended_leave_the_batch_and_the_others_do_not_notice():
+    model = make_model()
+    free = generate(model, PROMPTS, Stop(frozenset()), 16)
+    stop = Stop(frozenset(next(t for t in answer[2:] if t not in free[0]) for answer in free[1:]))
+    wanted = [answer[:next((i for i, t in enumerate(answer) if t in stop.ids), 16)]
+              for answer in free]
+    assert len(wanted[0]) == 16 and max(map(len, wanted[1:])) < 16
+    assert generate(model, PROMPTS, stop, 16) == wanted
+
+
+def test_each_token_is_told_as_it_comes():
+    model, told = make_model(), []
+    answers = generate(model, PROMPTS, Stop(frozenset()), 4, batch_size=2,
+                       on_token=lambda i, answer: told.append((i, list(answer))))
+    assert told[:2] == [(0, answers[0][:1]), (1, answers[1][:1])] and (2, answers[2]) in told
+
+
 @pytest.mark.parametrize("top_p, allowed", [(0.5, {0}), (0.7, {0, 1}), (1.0, {0, 1, 2})])
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, allowed):
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log().repeat(300, 1)
-    chosen = _choose(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+    chosen = _choose(logits, 1.0, top_p, [i / 300 for i in range(300)])
     assert set(chosen.tolist()) == allowed
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
+    chosen = _choose(p.log().repeat(1000, 1), 1.0, 1.0, [i / 1000 for i in range(1000)])
+    assert (chosen.bincount(minlength=4) - 1000 * p[0]).abs().max() <= 1
+
+
+def test_a_flat_distribution_is_sorted_whole(monkeypatch):
+    monkeypatch.setattr("lora.generate.NUCLEUS", 2)
+    logits = torch.zeros(100, 10)
+    assert len(set(_choose(logits, 1.0, 0.9, [i / 100 for i in range(100)]).tolist())) == 9
