@@ -377,6 +377,13 @@ def with_system(examples, system, seed=0):
     return made
 
 
+def system_of(examples):
+    """(the system prompt that most examples have, or None; how many different ones there are)."""
+    systems = _by(lambda e: e["messages"][0]["content"] if e["messages"][0]["role"] == "system"
+                  else None, examples)
+    return max(systems, key=lambda text: len(systems[text])), len(systems)
+
+
 def duplicates(examples):
     """[[example, ...]] of examples that say the same, apart from case and white space."""
     found = _by(lambda e: (prompt_of(e), _plain(e["messages"][-1]["content"])), examples)

@@ -41,6 +41,7 @@ def main(argv):
     for note in dataset.notes(tokenizer, train_set.format, examples[0]):
         print(f"dataset: {note}")
     model = base.load_model(folder_or_id, device, dtype)
+    base_weights = base.fingerprint(model)
     print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
           f"format: {train_set.format}")
 
@@ -57,8 +58,10 @@ def main(argv):
     # ----- the run's folder
     folder = runlog.open_folder(settings.train.run)
     runlog.write_json(folder / "config.json", asdict(settings))
+    system, systems = data.system_of(examples[0])
     runlog.write_json(folder / "run.json", runlog.run_info(
-        base_model=fetch.public_name(settings.model.name), device=str(device), dtype=str(dtype),
+        base_model=fetch.public_name(settings.model.name), base_weights=base_weights,
+        device=str(device), dtype=str(dtype), system=system, systems=systems,
         format=train_set.format, template=runlog.digest(tokenizer.chat_template or ""),
         data=runlog.digest([e["messages"] for part in examples for e in part]),
         examples=[len(part) for part in examples], adapted=adapted))

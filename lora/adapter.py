@@ -100,6 +100,8 @@ def load(model, folder):
 def _read(folder):
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no object")
         return config, load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise ValueError(f"adapter: {folder} has no {Path(error.filename or WEIGHTS).name}; "

@@ -5,6 +5,7 @@ The only file that imports transformers. trust_remote_code stays off and no pick
 """
 
 import contextlib
+import hashlib
 
 import torch
 import transformers
@@ -56,6 +57,23 @@ def load_model(name, device, dtype):
     with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     return model.to(device).eval()
+
+
+def fingerprint(model):
+    """16 hex digits that tell one base from another, whatever dtype it is loaded in: of the first
+    values of every weight, rounded to bfloat16. Call it before adapters are there."""
+    sha = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            start = weight.detach().flatten()[:64].to(torch.bfloat16).cpu()
+            sha.update(name.encode() + start.view(torch.int16).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def save_model(model, tokenizer, folder):
+    """Write a model and its tokenizer as a plain Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def use_attention(model, attend):

@@ -93,6 +93,14 @@ def evaluate(model, batches, lean=True):
     return float(ce) / n_tokens, hits / n_tokens
 
 
+@torch.no_grad()
+def ce_rows(model, batch):
+    """The cross-entropy of each row of a padded batch, in nats: (b,)."""
+    b, t = batch.inputs["input_ids"].shape
+    ce = F.cross_entropy(logits_at(model, batch).float(), batch.targets, reduction="none")
+    return ce.new_zeros(b).index_add_(0, batch.rows // t, ce)
+
+
 def logits_at(model, batch):
     """Logits (n, v) at the batch's rows."""
     return _through_head(model, batch, lambda rows: rows)[1]

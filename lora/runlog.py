@@ -1,5 +1,6 @@
 """
-What a run writes about itself: run.json once, metrics.jsonl a line at a time.
+What a run writes about itself, run.json once and metrics.jsonl a line at a time, and reading it
+back: read_run("runs/demo").
 """
 
 import hashlib
@@ -10,8 +11,11 @@ import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from . import config
 
 try:
     import resource
@@ -31,6 +35,38 @@ def open_folder(run):
         print(f"run: kept the earlier {folder} as {kept}")
     folder.mkdir(parents=True)
     return folder
+
+
+class Run(NamedTuple):
+    """A finished run, read back from its folder."""
+
+    name: str                     # demo, or demo/last for another adapter than the best
+    adapter: Path                 # runs/demo/adapter
+    settings: config.Config       # config.json
+    info: dict                    # run.json: base_model, base_weights, format, template, system ...
+
+
+def read_run(path):
+    """The Run of a run's folder, of its name, or of an adapter in it (runs/demo/last). Raises
+    ValueError that names what is missing."""
+    path = next((p for p in (Path(path), Path("runs") / path) if p.is_dir()), Path(path))
+    folder = path.parent if (path / "adapter_config.json").exists() else path
+    needed = [folder / "run.json", folder / "config.json"]
+    adapter = folder / "adapter" if path == folder else path
+    missing = [str(p) for p in [*needed, adapter / "adapter_config.json"] if not p.exists()]
+    if missing:
+        there = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
+        raise ValueError(f"run: {path} is no finished run: {', '.join(missing)} is missing. "
+                         f"Runs here: {', '.join(there) or 'none, python train.py makes one'}.")
+    try:
+        info = json.loads(needed[0].read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise ValueError(f"run: {needed[0]} cannot be read: {error}") from error
+    name = folder.resolve().name
+    return Run(name if path == folder else f"{name}/{path.name}", adapter,
+               config.load(needed[1]), info)
 
 
 def run_info(**facts):

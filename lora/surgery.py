@@ -12,12 +12,24 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def install(model, modules):
+    """Put each module at its path: {module path: module}."""
+    for name, module in modules.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, module)
+
+
 def wrap(model, names, **lora):
     """Replace each named module by a LoRALinear around it; lora holds LoRALinear's arguments."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), **lora))
+    install(model, {name: LoRALinear(model.get_submodule(name), **lora) for name in names})
+
+
+def unwrap(model):
+    """The inverse of wrap: every base layer is back in its place, the model is the plain base.
+    Returns the LoRALinear layers by path; install() puts them back."""
+    layers = lora_layers(model)
+    install(model, {name: layer.base_layer for name, layer in layers.items()})
+    return layers
 
 
 def freeze_base(model):

@@ -1,0 +1,53 @@
+"""
+Several adapters on one base, at most one of them in use.
+
+    bank = Bank(model)
+    bank.add("bram", "runs/bram/adapter")
+    bank.use("bram", scale=0.6)                  # 0 is the base, 1 what was trained
+    with bank.using(None): ...                   # the base, and bram again after it
+
+Every adapter has LoRALinear layers of its own around the same base layers. use() puts them in
+their places: no weight is copied or changed, and with none in use the model is the plain base.
+"""
+
+import contextlib
+
+from . import adapter, surgery
+
+
+class Bank:
+    def __init__(self, model):
+        self.model, self.adapters, self.name, self.scale = model, {}, None, 1.0
+
+    def add(self, name, folder):
+        """Load an adapter under a name; it is not in use yet. Raises ValueError if it does not fit
+        the base or if the name is taken."""
+        if name in self.adapters:
+            raise ValueError(f"bank: there is an adapter {name!r} already")
+        with self.using(None):
+            adapter.load(self.model, folder)
+            layers = surgery.unwrap(self.model)
+            self.adapters[name] = layers, {path: la.scaling for path, la in layers.items()}
+
+    def use(self, name, scale=1.0):
+        """Switch to an adapter, or with None to the base. scale multiplies its update."""
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"bank: no adapter {name!r}; there are {', '.join(self.adapters)}")
+        surgery.unwrap(self.model)
+        self.name, self.scale = name, scale
+        if name is not None:
+            layers, scaling = self.adapters[name]
+            for path, layer in layers.items():
+                layer.scaling = scale * scaling[path]
+            surgery.install(self.model, layers)
+
+    @contextlib.contextmanager
+    def using(self, name, scale=1.0):
+        """An adapter (None: the base) inside the block; after it what was in use before, errors or
+        not."""
+        current = self.name, self.scale
+        self.use(name, scale)
+        try:
+            yield
+        finally:
+            self.use(*current)
