@@ -12,7 +12,10 @@ their places: no weight is copied or changed, and with none in use the model is 
 
 import contextlib
 
+import torch
+
 from . import adapter, surgery
+from .layer import LoRALinear
 
 
 class Bank:
@@ -40,6 +43,24 @@ class Bank:
             for path, layer in layers.items():
                 layer.scaling = scale * scaling[path]
             surgery.install(self.model, layers)
+
+    def mix(self, name, weights):
+        """Add the weighted sum of adapters {name: weight} as an adapter of its own, exactly: ranks
+        are concatenated, sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 ...] [A_1; A_2; ...].
+        Interpolation from a to b is {"a": 1 - t, "b": t}."""
+        parts = {}
+        for other, weight in weights.items():
+            layers, scaling = self.adapters[other]
+            for path, layer in layers.items():
+                parts.setdefault(path, []).append((layer, weight * scaling[path]))
+        with self.using(None), torch.no_grad():
+            mixed = {}
+            for path, members in parts.items():
+                r = sum(layer.r for layer, _ in members)
+                mixed[path] = new = LoRALinear(members[0][0].base_layer, r, lora_alpha=r)
+                new.lora_A.copy_(torch.cat([layer.lora_A for layer, _ in members]))
+                new.lora_B.copy_(torch.cat([w * layer.lora_B for layer, w in members], 1))
+            self.adapters[name] = mixed, {path: layer.scaling for path, layer in mixed.items()}
 
     @contextlib.contextmanager
     def using(self, name, scale=1.0):

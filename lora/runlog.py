@@ -49,7 +49,8 @@ class Run(NamedTuple):
 def read_run(path):
     """The Run of a run's folder, of its name, or of an adapter in it (runs/demo/last). Raises
     ValueError that names what is missing."""
-    path = next((p for p in (Path(path), Path("runs") / path) if p.is_dir()), Path(path))
+    path = next((p for p in (Path(path), Path("runs") / path) if (p / "run.json").exists()
+                 or (p / "adapter_config.json").exists()), Path(path))
     folder = path.parent if (path / "adapter_config.json").exists() else path
     needed = [folder / "run.json", folder / "config.json"]
     adapter = folder / "adapter" if path == folder else path
@@ -95,6 +96,12 @@ def digest(value):
     """The first 16 hex digits of the SHA-256 of a text, or of a value's JSON."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_file(file):
+    """The same of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def peak_memory_gib(device):

@@ -8,6 +8,7 @@ Every answer is rendered by dataset.py, as in training, with the system prompt s
 """
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import dataset
@@ -27,7 +28,8 @@ class Answer(NamedTuple):
 
 class Voices:
     """model, tokenizer and bank of several runs; runs is {name: Run}, problems are sentences about
-    what does not match the training. Raises ValueError if they cannot be on one base."""
+    what does not match the training (checks has all that was looked at). Raises ValueError if they
+    cannot be on one base."""
 
     def __init__(self, paths, device="auto", dtype="auto"):
         runs = [runlog.read_run(path) for path in paths]
@@ -47,8 +49,9 @@ class Voices:
         self.bank = Bank(self.model)
         for run in runs:
             self.bank.add(run.name, run.adapter)
-        self.problems = [f"{run.name}: {problem}" for run in runs
-                         for problem in mismatches(run, self.tokenizer, self.model)]
+        self.checks = {run.name: list(checks(run, self.tokenizer, self.model)) for run in runs}
+        self.problems = [f"{name}: {what}: {problem}" for name, found in self.checks.items()
+                         for what, problem in found if problem]
 
     def format(self, name):
         """The format that run was trained in; of the base, its own."""
@@ -118,24 +121,53 @@ def is_cjk(messages):
     return sum(len(w) == 1 and w > "\u3040" for w in said) > len(said) / 2
 
 
-def mismatches(run, tokenizer, model):
-    """What differs between a run's training and the model and tokenizer at hand, as sentences.
-    The model is the plain base."""
-    info, found = run.info, []
-    own = runlog.digest(tokenizer.chat_template or "")
-    if own != info.get("template"):
-        found.append(f"the chat template is {own}, training used {info.get('template')}: the model "
-                     "will read other tokens than it was trained on")
-    weights = base.fingerprint(model)
-    if "base_weights" not in info:
-        found.append("run.json does not say which base weights and system prompt were used: the "
-                     "run is older than this check")
-    elif weights != info["base_weights"]:
-        found.append(f"the base's weights are {weights}, training used {info['base_weights']}")
-    written = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if written.get("base_model_name_or_path") != info.get("base_model"):
-        found.append(f"the adapter is of {written.get('base_model_name_or_path')}, the run of "
-                     f"{info.get('base_model')}")
-    if info.get("systems", 1) > 1:
-        found.append(f"training used {info['systems']} system prompts; the most frequent is taken")
-    return found
+def checks(run, tokenizer, model):
+    """[(what, problem)]: is what a run was trained with what is at hand? "" if so. The model is the
+    plain base."""
+    info, written = run.info, json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
+    own, weights = runlog.digest(tokenizer.chat_template or ""), base.fingerprint(model)
+    before = "run.json does not say: the run is older than this check"
+    named = written.get("base_model_name_or_path")
+    yield "base model", "" if named == info.get("base_model") else (
+        f"the adapter is of {named}, the run of {info.get('base_model')}")
+    yield "base weights", "" if weights == info.get("base_weights") else (
+        f"they are {weights}, training used {info['base_weights']}" if "base_weights" in info
+        else before)
+    yield "chat template", "" if own == info.get("template") else (
+        f"it is {own}, training used {info.get('template')}: the model will read other tokens than "
+        "it was trained on")
+    many = info.get("systems", 1)
+    yield "system prompt", before if "system" not in info else "" if many == 1 else (
+        f"training used {many} different ones; the most frequent is taken")
+
+
+def read_prompts(file):
+    """[{"id", "category", "theme", "gold", "messages"}] of a .jsonl file with messages (the last
+    one the user's) or a .txt file with a question a line. Raises ValueError that names the line."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: {file} cannot be read: {error}") from error
+    made = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = {"messages": [{"role": "user", "content": line.strip()}]}
+        if Path(file).suffix != ".txt":
+            try:
+                record = json.loads(line)
+                roles = [m["role"] for m in record["messages"] if m["content"].strip()]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"prompts: {file}:{n}: {error!r}; expected {{\"messages\": [...]}}"
+                                 " with role and content") from error
+            own = roles[roles[:1] == ["system"]:]
+            if own != ["user", "assistant"] * (len(own) // 2) + ["user"]:
+                raise ValueError(f"prompts: {file}:{n}: roles {roles}; expected user and assistant "
+                                 "to alternate and the user to speak last")
+        made.append({"id": f"{Path(file).name}:{n}", "category": record.get("category", ""),
+                     "theme": record.get("theme", ""), "gold": record.get("gold"),
+                     "messages": [{"role": m["role"], "content": m["content"]}
+                                  for m in record["messages"]]})
+    if not made:
+        raise ValueError(f"prompts: {file} holds no prompts")
+    return made

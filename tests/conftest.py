@@ -1,5 +1,8 @@
 """Tiny fakes, built here: a random Llama of two blocks and a byte-level ChatML tokenizer."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -56,3 +59,39 @@ def tiny_folder(tmp_path, tokenizer):
     make_model(pad_token_id=2, eos_token_id=2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+VOICES = {"a": ("You are a.", "yes dear {}"), "b": ("You are b.", "NO {} NO"), "c": (None, "hm {}")}
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with three trained runs on one tiny base: runs/a, runs/b and runs/c, which was
+    trained without system prompt; with prompts.jsonl and heldout.jsonl beside the data of each."""
+    import train
+    home = tmp_path_factory.mktemp("home")
+    make_model(pad_token_id=2, eos_token_id=2, max_position_embeddings=1024).save_pretrained(
+        home / "tiny")
+    make_tokenizer().save_pretrained(home / "tiny")
+    for name, (system, answer) in VOICES.items():
+        folder = home / name
+        folder.mkdir()
+
+        def write(file, kinds, folder=folder, answer=answer):
+            (folder / file).write_text("".join(json.dumps({"messages": [
+                {"role": "user", "content": f"{k} {w}?"},
+                {"role": "assistant", "content": answer.format(w)}]}) + "\n"
+                for w in ("ant", "bee", "cow") for k in kinds))
+        write("train.jsonl", ["is it a", "what of the", "see my"])
+        write("heldout.jsonl", ["do you like the"])
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({
+            "category": c, "messages": [{"role": "user", "content": f"tell me of the {w}"}]}) + "\n"
+            for c, w in (("near", "bee"), ("far", "<script>alert(1)</script>"))))
+        (folder / "config.json").write_text(json.dumps({
+            "model": {"name": str(home / "tiny"), "device": "cpu"}, "lora": {"r": 4},
+            "data": {"path": f"{name}/train.jsonl", "system": system, "val_fraction": 0.2},
+            "train": {"run": name, "epochs": 12, "batch_size": 4, "lr": 0.01,
+                      "max_new_tokens": 8}}))
+        with contextlib.chdir(home):
+            train.main(["--config", f"{name}/config.json"])
+    return home
