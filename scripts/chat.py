@@ -34,8 +34,8 @@ SUMMARISE = "Summarise this conversation in two short sentences. Keep names and 
 class Chat:
     """The state of a conversation: which adapter, how strong, what was said."""
 
-    def __init__(self, voices, options, out=sys.stdout):
-        self.voices, self.options, self.out = voices, options, out
+    def __init__(self, voices, options, out=None):
+        self.voices, self.options, self.out = voices, options, out or sys.stdout
         self.name, self.scale, self.asked = next(iter(voices.runs)), 1.0, 0
         budget = options.budget or voices.runs[self.name].settings.dataset.max_length
         self.talk = Conversation(lambda messages: len(voices.ids(messages, self.format)), budget,
@@ -64,7 +64,8 @@ class Chat:
             [messages], name, self.format, scale=self.scale if name else 1.0, told=told,
             min_words=o.min_words, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
             top_p=o.top_p, seed=f"{o.seed} {self.asked}")
-        self.say("" if made.ended else " [cut off: --max-new-tokens]")
+        rest = "" if made.expanded else made.text[shown:]
+        self.say(rest if made.ended else f"{rest} [cut off: --max-new-tokens]")
         if made.expanded:
             self.say(f"  [shorter than {o.min_words} words; asked for more:]\n{made.text}")
         return made.text

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ def voices(home):
 
 
 def start(voices, **changes):
-    options = SimpleNamespace(**{"memory": "window", "budget": 200, "max_new_tokens": 12,
+    options = SimpleNamespace(**{"memory": "window", "budget": 200, "max_new_tokens": 24,
                                  "temperature": 0.0, "top_p": 0.9, "seed": 0, "min_words": 0,
                                  **changes})
     return chat.Chat(voices, options, io.StringIO())
@@ -36,8 +37,9 @@ def test_an_answer_is_streamed_whole_and_remembered(voices):
     talk = start(voices)
     printed = hear(talk, "is it a dog?")
     asked = with_system([{"role": "user", "content": "is it a dog?"}], "You are a.")
-    (answer,) = voices.ask([asked], "a", max_new_tokens=12)
-    assert printed == f"a: {answer.text}\n" and talk.talk.turns == [("is it a dog?", answer.text)]
+    (answer,) = voices.ask([asked], "a", max_new_tokens=24)
+    assert printed.startswith(f"a: {answer.text}")
+    assert talk.talk.turns == [("is it a dog?", answer.text)]
     sent = talk.talk.messages("and?")
     assert [m["role"] for m in sent] == ["system", "user", "assistant", "user"]
 
@@ -55,9 +57,9 @@ def test_compare_shows_everybody_and_changes_nothing(voices):
     hear(talk, "is it a dog?")
     before = list(talk.talk.turns)
     printed = hear(talk, "/compare")
-    assert [line.partition(":")[0] for line in printed.splitlines()] == ["base", "a", "b", "c"]
-    assert printed.splitlines()[1] == f"a: {before[0][1]}" and talk.talk.turns == before
-    assert hear(talk, "/compare see my cow?").count("\n") == 4 and talk.talk.turns == before
+    assert re.findall("^(base|a|b|c): ", printed, re.M) == ["base", "a", "b", "c"]
+    assert f"\na: {before[0][1]}" in printed and talk.talk.turns == before
+    assert "\nc: " in hear(talk, "/compare see my cow?") and talk.talk.turns == before
 
 
 def test_scale_zero_is_the_base(voices):
@@ -77,7 +79,7 @@ def test_another_system_prompt_is_said_out_loud(voices):
 
 
 def test_retry_asks_again_and_keeps_one_turn(voices):
-    talk = start(voices, temperature=3.0, max_new_tokens=20)
+    talk = start(voices, temperature=3.0, max_new_tokens=24)
     hear(talk, "is it a dog?")
     answers = {talk.talk.turns[0][1]}
     for _ in range(4):
@@ -111,7 +113,7 @@ def test_a_long_conversation_keeps_to_its_budget(voices):
 
 
 def test_a_short_answer_is_asked_for_more_and_it_is_said(voices):
-    talk = start(voices, min_words=100, max_new_tokens=20)
+    talk = start(voices, min_words=100, max_new_tokens=24)
     printed = hear(talk, "is it a dog?")
     assert ("shorter than 100 words" in printed) == (talk.talk.turns[0][1] not in
                                                      printed.splitlines()[0])
