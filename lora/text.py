@@ -114,9 +114,10 @@ class Copies:
         return found
 
 
-def near_duplicates(texts, threshold=0.6, n=3):
+def near_duplicates(texts, threshold=0.6, n=3, first=False):
     """[(i, j, similarity)] of all pairs whose sets of n-grams have a Jaccard similarity of at least
-    threshold, most alike first; texts shorter than n words are alike if they are equal.
+    threshold, most alike first; texts shorter than n words are alike if they are equal. first: each
+    text j is named once, with an i that is named by nobody: what to drop so that none are alike.
 
     Exact, without comparing all pairs: two such sets share one of the rarest |x| - ceil(t |x|) + 1
     members of each (Chaudhuri et al. 2006, prefix filtering)."""
@@ -126,11 +127,16 @@ def near_duplicates(texts, threshold=0.6, n=3):
     for j, mine in enumerate(sets):
         rare = sorted(mine, key=lambda gram: (count[gram], gram))
         rare = rare[:len(rare) - math.ceil(threshold * len(rare)) + 1]
-        for i in {i for gram in rare for i in index.get(gram, ())}:
-            similarity = len(mine & sets[i]) / len(mine | sets[i])
+        found = []
+        for i in sorted({i for gram in rare for i in index.get(gram, ())}):
+            both = len(mine & sets[i])
+            similarity = both / (len(mine) + len(sets[i]) - both)
             if similarity >= threshold:
-                pairs.append((i, j, similarity))
-        for gram in rare:
+                found.append((i, j, similarity))
+                if first:
+                    break
+        pairs += found
+        for gram in () if first and found else rare:
             index.setdefault(gram, []).append(j)
     return sorted(pairs, key=lambda pair: (-pair[2], pair))
 

@@ -13,6 +13,7 @@ import data
 import dataset
 from lora import base, config, fetch
 from lora.loss import IGNORE_INDEX
+from lora.text import near_duplicates, words
 
 
 def main(argv):
@@ -42,12 +43,24 @@ def texts(train, val):
         return [" = ".join(e["source"] for e in same[:3]) for same in groups]
     yield "warn", "examples occur more than once", name(data.duplicates(train + val))
     yield "warn", "prompts have contradictory answers", name(data.contradictions(train + val))
+    yield "warn", "answers are nearly the same", name(copies(train + val))
     asked = {data.prompt_of(e, system=False) for e in train}
     yield "ERROR", "validation prompts are in training too", [
         e["source"] for e in val if data.prompt_of(e, system=False) in asked]
     systems = {e["messages"][0]["content"][:50] for e in train + val
                if e["messages"][0]["role"] == "system"}
     yield "ok", "system prompts", sorted(map(repr, systems))
+
+
+def copies(examples, few=12):
+    """[[an example, a later one with nearly the same last answer]]. Facts (with a group), answers
+    of a few words and whole repetitions, which have a line of their own, are left out."""
+    again = {id(e) for same in data.duplicates(examples) for e in same[1:]}
+    said = [(e, e["messages"][-1]["content"]) for e in examples
+            if "group" not in e and id(e) not in again]
+    long = [(e, text) for e, text in said if len(words(text)) >= few]
+    pairs = near_duplicates([text for _, text in long], first=True)
+    return [[long[i][0], long[j][0]] for i, j, _ in pairs]
 
 
 def tokens(made, tokenizer):

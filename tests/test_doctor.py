@@ -62,6 +62,39 @@ def test_repetitions_and_contradictions_are_warnings_with_their_lines(examine, t
     assert re.search(rf"contradictory.*{file}:2 = {file}:10$", against)
 
 
+LONG = "The kettle is on, and the chair by the window is yours for as long as you like."
+
+
+@pytest.mark.parametrize("other", [LONG, LONG.upper(), LONG.replace("kettle", "stove")])
+def test_answers_that_are_nearly_the_same_are_a_warning(examine, tmp_path, other):
+    code, out = examine([*CLEAN, ("a", LONG), ("b", other), ("c", "Yes."), ("d", "Yes.")],
+                        "--data.val_fraction=0")
+    (line,) = found(out, "warn")
+    file = tmp_path / "a.jsonl"
+    assert code == 0 and line == f"1 answers are nearly the same: {file}:9 = {file}:10"
+
+
+def test_answers_of_the_two_files_are_compared(examine, tmp_path):
+    val = write(tmp_path / "val.jsonl", [("A new one?", "No."), ("b", LONG)])
+    _, out = examine([*CLEAN, ("a", LONG)], f"--data.val_path={val}")
+    (line,) = found(out, "warn")
+    assert line.endswith(f"nearly the same: {tmp_path / 'a.jsonl'}:9 = {val}:2")
+
+
+def test_a_repeated_example_is_no_near_one(examine):
+    _, out = examine([*CLEAN, ("a", LONG), ("A", LONG)], "--data.val_fraction=0")
+    (line,) = found(out, "warn")
+    assert "more than once" in line
+
+
+def test_the_wordings_of_a_fact_may_share_an_answer(examine, tmp_path):
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"questions": ["a", "b", "c"], "answer": LONG}) + "\n"
+                    + json.dumps({"prompt": "d", "completion": LONG, "group": "g"}))
+    _, out = examine(CLEAN, f"--data.path={file}", "--data.val_fraction=0")
+    assert not found(out, "warn")
+
+
 @pytest.mark.parametrize("too_long", ["drop", "cut"])
 def test_an_example_that_cannot_fit_is_named(examine, tmp_path, too_long):
     long = ("What is " + "very " * 30 + "long?", "This.")

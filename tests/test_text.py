@@ -88,6 +88,15 @@ def test_near_duplicates_are_those_of_all_pairs(texts, threshold):
     assert {(i, j) for i, j, _ in text.near_duplicates(texts, threshold, 2)} == wanted
 
 
+@given(st.lists(LITTLE, max_size=8), st.sampled_from([0.3, 0.6]))
+def test_what_near_duplicates_first_names_can_go_and_the_rest_is_different(texts, threshold):
+    pairs = text.near_duplicates(texts, threshold, 2, first=True)
+    named = [j for _, j, _ in pairs]
+    assert len(set(named)) == len(named) and not {i for i, _, _ in pairs} & {*named}
+    rest = [t for j, t in enumerate(texts) if j not in named]
+    assert text.near_duplicates(rest, threshold, 2) == []
+
+
 def test_shared_ngrams_are_named():
     assert text.shared_ngrams(["I like green tea a lot", "no"], ["we like Green tea"], 3) == [
         (0, "like green tea")]

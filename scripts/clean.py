@@ -1,0 +1,302 @@
+"""
+Clean a file of dialogues before training: drop what is broken, name what looks odd.
+
+    python -m scripts.clean my.jsonl                          # my.clean.jsonl and my.clean.md
+    python -m scripts.clean my.jsonl --dry-run                # prints the report, writes nothing
+    python -m scripts.clean my.jsonl --keep near --drop pii   # only warn of the one, drop the other
+
+A record of any kind data.py reads stays unchanged or goes as a whole: one bad answer, the last or
+one in the middle, drops its dialogue, for every answer is trained on. Of records that say the same
+the first stays. What data.py refuses always goes. The new file has a record a line; a file that is
+there already is never written to.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unicodedata import category
+
+from tqdm import tqdm
+
+import data
+from lora import config
+from lora.text import loops, near_duplicates, rep, words
+
+KINDS = {  # kind: (what is done with such a record, what it is)
+    "refused": ("drop", "data.py cannot use it: not JSON, roles out of order, no answer, ..."),
+    "empty": ("drop", "a message with nothing to see"),
+    "mojibake": ("drop", "text that was read in a wrong encoding"),
+    "filler": ("drop", "an answer that says nothing: only punctuation, hmm, ok"),
+    "cut": ("drop", "an answer that stops in the middle"),
+    "loop": ("drop", "an answer that repeats itself"),
+    "same": ("drop", "a dialogue that was there before, apart from case and white space"),
+    "near": ("drop", "nearly the answers of a record before (not facts, not short answers)"),
+    "open": ("warn", "a long answer without a sentence end, where nearly all others have one"),
+    "pii": ("warn", "an e-mail address, a phone or ID number")}
+FEW, LONG = 12, 20        # words: what may be said again, what should end as a sentence does
+
+HIGH = "".join(map(chr, range(0x80, 0xc0))) + bytes(range(0x80, 0xa0)).decode("cp1252", "ignore")
+ODD = re.sub("[\xa0…“”‘’–—«»°·]", "", HIGH)               # the others may follow é: “café…”
+MOJIBAKE = re.compile("|".join((                          # UTF-8 read as Latin-1, cp1252 or GBK
+    "[\ufffd\ud800-\udfff]", "锟斤拷", "ï»¿", "ðŸ", "[銆鏄鎴鐨]", f"(?<![A-ZÀ-Þ“\"])[ÂÃ][{HIGH}]",
+    f"(?:[Â-ß][{HIGH}]){{2}}", f"[à-ï](?=.?[{ODD}])[{HIGH}]{{2}}")))
+FILLER = re.compile("ok|okay|h+m+|m+h+m+|mm+|u+[hm]+|o+h+|a+h+|lol|(?:ha)+h*|nan|todo|tbd|"
+                    "[嗯哦噢喔啊呃额唔哈呵]")
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)
+FACE = re.compile(r"(?<!\w)[:;=xX>]['^o-]?[(\[{（]|[(（]['^o-]?[:;=]|[(\[{（]$|:\w+:$|\bD:$")
+END = re.compile(r"[.!?…。！？～~`][\"'”’»」』)）\]*_]*$|(?:regards|sincerely|wishes|love),$", re.I)
+LAST = re.compile("|".join((                              # what something should follow
+    r"(?<!anything)(?<!all)\s(?:an?|the|and|or|but|nor|because|although|whereas)$",
+    "(?<!没有)(?:因为|但是|而且|并且|以及|虽然)$", "(?<![,，、])[,，、]$", "[:：]$",
+    r"(?:[a-z]{2}|\s)-$")))
+NARROW = str.maketrans("０１２３４５６７８９＠－＋", "0123456789@-+")
+PRIVATE = re.compile("|".join((
+    r"(?<![\w.%+-])[\w.%+-]{1,64}@(?!example\.)(?:[\w-]{1,63}\.){1,8}[a-z]{2,24}",
+    r"(?<!\d)\d{6}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dx](?!\w)",
+    r"(?<!\d)(?<!\d\.)(?:\+?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\w)",       # 138 0013 8000
+    r"(?<!\w)\+\d(?:[ ().-]{0,2}\d){8,14}(?!\w)",                               # +44 20 7946 0958
+    r"(?<![\w.+-])(?<!\d )0\d(?:[ -]?\d){7,10}(?![\w:])",                       # 010-12345678
+    r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4}(?![\w-])")), re.A | re.I)
+
+
+@dataclass
+class Record:
+    where: str       # line 17
+    line: bytes      # what goes into the new file
+    examples: list   # none if data.py refuses it
+    found: dict      # {kind: (why, excerpt)}
+
+    def stays(self, drop):
+        return bool(self.examples) and not drop & self.found.keys()
+
+    def answers(self):
+        return [m["content"] for m in self.examples[0]["messages"] if m["role"] == "assistant"]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.clean", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["kinds:", *(f"  {k:9} {do}  {what}" for k, (do, what) in KINDS.items())]))
+    add = parser.add_argument
+    add("file", type=Path, help="JSONL or JSON; never written to")
+    add("--out", type=Path, help="default: FILE.clean.jsonl")
+    add("--report", type=Path, help="default: like the new file, with .md")
+    add("--drop", nargs="+", metavar="KIND", choices=KINDS, default=[], action="extend")
+    add("--keep", nargs="+", metavar="KIND", choices=[*KINDS][2:], default=[], action="extend",
+        help="only warn of it; not of refused and empty")
+    add("--near", type=float, default=0.6, help="share of word triples in common (default 0.6)")
+    add("--dry-run", action="store_true", help="report only: printed, or to --report")
+    args = parser.parse_args(argv)
+    if not 0 < args.near <= 1:
+        raise ValueError(f"clean: --near is {args.near:g}; expected above 0 and at most 1")
+    drop = {k for k in KINDS if k in args.drop or KINDS[k][0] == "drop" and k not in args.keep}
+    lines = [*read(args.file)]
+    out = args.out or args.file.with_name(f"{args.file.stem}.clean.jsonl")
+    report = args.report or (None if args.dry_run else out.with_suffix(".md"))
+    may_write(args.file, None if args.dry_run else out, report)
+    records = [look(*line) for line in tqdm(lines, "cleaning", disable=len(lines) < 2000)]
+    for mark in (same, lambda left: near(left, args.near), unended):
+        mark([r for r in records if r.stays(drop)])
+    head, rows = describe(args.file.name, records, drop)
+    print(head + rows * (report is None))
+    for kind in [*KINDS][2:]:
+        if kind in drop and sum(kind in r.found for r in records) > len(records) / 4:
+            print(f"clean: {kind} is much of this file; is it meant? --keep {kind} only warns")
+    stay = b"".join(r.line for r in records if r.stays(drop))
+    if not stay:
+        raise ValueError(f"clean: {args.file}: nothing would remain, so nothing was written; "
+                         "--dry-run names every record, --keep KIND only warns of a kind")
+    if not args.dry_run:
+        write(out, stay)
+    if report:
+        write(report, (head + rows).encode("utf-8", "replace"))
+
+
+def read(path):
+    """Yields (where, bytes) of each record: its line, or what a JSON list holds as one."""
+    try:
+        raw = path.read_bytes().removeprefix(data.BOM)
+        values = json.loads(raw.decode()) if raw.lstrip().startswith(b"[") else None
+    except OSError as error:
+        raise ValueError(f"clean: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
+                         ".json file") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"clean: {path}: not JSON: {error}; expected a list of records, or one a "
+                         "line") from error
+    for n, line in enumerate(io.BytesIO(raw) if values is None else (), 1):
+        if line.strip():
+            yield f"line {n}", line
+    for n, value in enumerate(values or (), 1):   # half surrogates go back to the escapes they were
+        line = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        yield f"record {n}", line + b"\n"
+
+
+# ----- one record --------------------------------------------------------------------------------
+
+
+def look(where, line):
+    """The Record, with all that can be said of it alone."""
+    examples, found = [], {}
+    try:
+        examples = data._convert(json.loads(line.decode()), where)
+        problems = [problem for example in examples for problem in data.check(example)]
+    except (ValueError, RecursionError) as error:
+        problems = [f"not JSON: {error.msg} (column {error.colno})"
+                    if isinstance(error, json.JSONDecodeError) else str(error)]
+    for example in examples:
+        for m in example["messages"]:
+            if isinstance(m["content"], str):
+                for kind, *fault in faults(m["role"], m["content"], "value" in example):
+                    found.setdefault(kind, fault)
+    if problems and "empty" not in found:
+        raw = re.sub(r"\\[nrt]", " ", line.decode("utf-8", "replace"))
+        found["refused"] = excerpt(problems[0], 0, 120), excerpt(raw)
+    return Record(where, line, [] if problems else examples, found)
+
+
+def faults(role, text, fact):
+    """Yields (kind, why, excerpt) for what is wrong with one message."""
+    if role != "system" and not any(c.isprintable() and not c.isspace() for c in text):
+        yield "empty", f"the {role}'s message", excerpt(text)
+        return
+    if bad := MOJIBAKE.search(text):
+        yield "mojibake", f"the {role}'s message", excerpt(text, *bad.span())
+    if hits := PRIVATE.findall(text.translate(NARROW)):
+        yield "pii", f"the {role}'s message", mask("; ".join(hits))
+    if role != "assistant":
+        return
+    said, prose = words(text), CODE.sub("`", text)
+    if not fact and (all(map(FILLER.fullmatch, said)) if said else
+                     all(category(c)[0] in "PZC" or c in "~～^`" for c in text)):
+        yield "filler", "all of the answer", excerpt(text)
+    elif why := cut(text):
+        yield "cut", f"ends with {why}", excerpt(text, len(text))
+    again = rep(prose)
+    spans = [prose[start:end] for start, end in loops(prose)] if again else []
+    spans += [prose] * (again >= 0.5 and len(said) >= 2 * FEW)
+    for span in [s for s in spans if len(words(s)) >= FEW and re.search(r"[^\W\d_]", s)][:1]:
+        yield "loop", f"{again:.0%} of it was said before", excerpt(span)
+
+
+def cut(text):
+    """What an answer that stops in the middle ends with, or None. A full stop is not asked for."""
+    if len(re.findall(r"^[ \t]*```[^`\n]*$", text, re.M)) % 2:
+        return "an open code fence"
+    text = FACE.sub("`", CODE.sub("`", text).strip())
+    if END.search(text[-40:]):
+        return None
+    last = LAST.search(text)
+    if last and (len(words(text)) >= 5 or not last[0][-1].isalpha()):
+        return f'"{last[0].strip()}"'
+    if text.count('"') % 2 and len(re.findall(r'(?<!\d)"', text)) % 2:         # 5'10" is no quote
+        return "an open quote"
+    depth = 0
+    for c in text if "„" not in text else "":                                 # 1) and [0, 1) may be
+        depth = max(0, depth + (c in "([{（【“「『《") - (c in ")]}）】”」』》"))
+    return "an open bracket or quote" if depth else None
+
+
+def mask(text):
+    """The text, as long as it was, with stars for what is personal, but for its ends."""
+    def stars(hit):
+        n = max(1, min(3, len(hit[0]) // 5))
+        return hit[0][:n] + "*" * (len(hit[0]) - 2 * n) + hit[0][-n:]
+    return PRIVATE.sub(stars, text.translate(NARROW))
+
+
+def excerpt(text, start=0, end=50):
+    """text[start:end] with a little around it: one line, not too long, masked."""
+    start, text = max(0, start - 30), mask(text)
+    end = min(len(text), max(end, start) + 30, start + 150)
+    line = " ".join(text[start:end].split()).replace("`", "'")
+    line = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+    return "…" * (start > 0) + line + "…" * (end < len(text))
+
+
+# ----- records against others --------------------------------------------------------------------
+
+
+def same(records):
+    """Marks records all of whose examples were there before."""
+    seen = {}
+    for record in records:
+        keys = [(data.prompt_of(e), data._plain(e["messages"][-1]["content"]))
+                for e in record.examples]
+        if all(key in seen for key in keys):
+            record.found["same"] = f"as {seen[keys[0]]}", excerpt(record.answers()[-1])
+        for key in keys:
+            seen.setdefault(key, record.where)
+
+
+def near(records, threshold):
+    """Marks records whose answers, taken together, are nearly those of an earlier one."""
+    long = [r for r in records if len(words(" ".join(r.answers()))) >= FEW
+            and "group" not in r.examples[0] and "same" not in r.found]
+    for i, j, share in near_duplicates([" ".join(r.answers()) for r in long], threshold,
+                                       first=True):
+        new, old = long[j], long[i]
+        new.found["near"] = f"{share:.0%} as {old.where}", excerpt(" / ".join(new.answers()))
+
+
+def unended(records):
+    """Marks long answers that end with a plain word, if at most one in ten does. An answer that
+    starts without a capital letter is not asked for a full stop either."""
+    long = [(r, a.strip()) for r in records for a in r.answers() if len(words(a)) >= LONG]
+    bare = [(r, a) for r, a in long if not a[0].islower()
+            and re.search(r"(?:^|\s)[a-z'’]+$|[\u4e00-\u9fff]$", last := a.rpartition("\n")[2])
+            and (re.search("[.!?] |[。！？]", last) or len(words(last)) >= LONG)]
+    for r, answer in bare if len(bare) * 10 <= len(long) else ():
+        r.found["open"] = "ends with a plain word", excerpt(answer, len(answer))
+
+
+# ----- writing -----------------------------------------------------------------------------------
+
+
+def describe(name, records, drop):
+    """The report in Markdown: (its head with the counts, a line for everything found)."""
+    stay = [r for r in records if r.stays(drop)]
+    warned = sum(bool(r.found) for r in stay)
+    head = [f"# {name}, cleaned\n", f"{len(records)} records: {len(stay)} stay, {warned} of them "
+            f"with a warning; {len(records) - len(stay)} are dropped.\n",
+            "| kind     | action | records | what it is |", "|---|---|--:|---|"]
+    head += [f"| {kind:8} | {'drop' if kind in drop else 'warn'}   | "
+             f"{sum(kind in r.found for r in records):7} | {what} |"
+             for kind, (_, what) in KINDS.items()]
+    rows = []
+    for title, stays in (("Dropped", False), ("Stays, with a warning", True)):
+        found = [f"- {r.where}: **{kind}**, {why}" + f": `{shown}`" * bool(shown) for r in records
+                 if r.stays(drop) == stays for kind, (why, shown) in r.found.items()]
+        rows += [f"\n## {title}\n", *found] * bool(found)
+    return "\n".join(head) + "\n", "\n".join(rows) + "\n"
+
+
+def may_write(source, out, report):
+    """Refuse to write over anything."""
+    for option, path in (("--out", out), ("--report", report)):
+        if path and os.path.lexists(path):
+            what = "is the input" if path.exists() and path.samefile(source) else "exists already"
+            raise ValueError(f"clean: {path} {what}; expected a new file in {option}")
+    if out and report and out.resolve() == report.resolve():
+        raise ValueError(f"clean: {out} is both --out and --report; expected two files")
+
+
+def write(path, content):
+    """All of it or nothing: into a folder beside it, then renamed."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".clean-", dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            made.write_bytes(content)
+            os.replace(made, path)
+    except OSError as error:
+        raise ValueError(f"clean: {path}: cannot be written ({error.strerror})") from error
+    print(f"clean: wrote {path}")
+
+
+if __name__ == "__main__":
+    config.run_cli(main, sys.argv[1:])
