@@ -1,5 +1,7 @@
 # Every target does its own set-up; a second call does no work twice.
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
+#   make persona  train the companion, verify it, compare it with its base: reports/companion
+#   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3
@@ -9,12 +11,22 @@ BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train test slow lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends test slow lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
 train: .venv/run.done
 	$(PY) train.py $(ARGS)
+
+persona: .venv/run.done
+	$(PY) train.py --config examples/companion/config.json $(ARGS)
+	$(PY) -m scripts.verify runs/companion
+	$(PY) -m scripts.compare --adapters runs/companion --open
+
+friends: .venv/run.done
+	for f in bram juno ottoline; do \
+	    $(PY) train.py --config examples/friends/$$f/config.json $(ARGS) || exit 1; done
+	$(PY) -m scripts.compare --adapters runs/bram runs/juno runs/ottoline --open
 
 test: lint
 	$(PY) -m pytest -m "not slow"

@@ -11,8 +11,10 @@ the runs, or in the folder above.
 """
 
 import argparse
+import os
 import shlex
 import sys
+import webbrowser
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -364,6 +366,8 @@ def main(argv):
         if share := (made["matrix"] or {}).get(key):
             print(f"whose reply is it? {who}: {share['value']:.0%} of {share['n']} right")
     print(f"report: {folder}/report.html, report.md, report.json")
+    if options.open and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        webbrowser.open((folder / "report.html").resolve().as_uri())
 
 
 def arguments(argv):
@@ -381,6 +385,7 @@ def arguments(argv):
     parser.add_argument("--max-new-tokens", type=int, default=120)
     parser.add_argument("--min-words", type=int, default=0,
                         help="ask once for more where an answer is shorter; 0: never")
+    parser.add_argument("--open", action="store_true", help="show the report in a browser")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
 
