@@ -180,7 +180,8 @@ def main(argv):
     chat = Chat(voices, options)
     for problem in voices.problems:
         print(f"warning: {problem}")
-    print(f"base {voices.folder}; adapters {', '.join(voices.runs)}; /help lists the commands")
+    named = voices.runs[chat.name].info["base_model"]
+    print(f"base {named}; adapters {', '.join(voices.runs)}; /help lists the commands")
     print(f"system prompt: {chat.talk.system}")
     while True:
         try:
