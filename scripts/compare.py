@@ -29,7 +29,7 @@ import data
 from lora import config, report, runlog, text
 from scripts.voices import Voices, read_prompts, with_system
 
-CHUNK = 16                        # prompts answered together
+CHUNK = 64                        # prompts answered together
 COPIED = 25                       # characters of a train reply that count as copied
 HALF = 0.5                        # share of an answer from which a copy or an echo flags it
 

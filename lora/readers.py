@@ -1,0 +1,160 @@
+"""
+Who reads an adapter, and with what strength: one verdict for each reader; and the portable form of
+an adapter, which all of them read alike.
+
+    PEFT, transformers, vLLM   scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+    llama.cpp                  scaling = lora_alpha / r, whatever the file says of rsLoRA or modules
+    portable(model)            the same updates, written as one whole lora_alpha / one r
+
+The rules were read in the readers' code. PEFT, transformers and llama.cpp are also run, in tests/;
+mlx-lm 0.32.2 was run by hand.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import adapter
+from .gguf import ARCHITECTURES
+from .surgery import lora_layers
+
+LOADS, OTHER, REFUSED = "loads", "loads with another strength", "refused"
+READERS = ("PEFT", "transformers", "vLLM", "llama.cpp", "Ollama", "mlx-lm")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)     # what vLLM's --max-lora-rank may be
+
+
+class Verdict(NamedTuple):
+    reader: str
+    verdict: str                                        # LOADS, OTHER or REFUSED
+    because: str
+    fix: str = ""
+
+
+def judge(folder, base, run="runs/NAME"):
+    """The verdicts on the adapter in a folder."""
+    config, tensors = adapter._read(Path(folder))
+    return verdicts(config, {key: tuple(t.shape) for key, t in tensors.items()}, base, run)
+
+
+def verdicts(config, shapes, base, run="runs/NAME"):
+    """A Verdict for each of READERS about an adapter in PEFT's layout: config is its
+    adapter_config.json, shapes {key: shape} of its tensors, base the base model's config.json."""
+    config = {k: v for k, v in config.items() if v not in (None, False, "none", [], {})}
+    r = max((shape[0] for key, shape in shapes.items() if key.endswith("lora_A.weight")), default=0)
+    more, start = _more(config, shapes), config.get("init_lora_weights", True)
+    missing = _words({"r", "lora_alpha", "target_modules"} - config.keys())
+    patterns = _words(config.keys() & {"rank_pattern", "alpha_pattern"})
+    ignored = _words(config.keys() & {"use_rslora", "alpha_pattern"})
+    weak = f" ({math.sqrt(r or 1):.3g} times too weak)" * ("use_rslora" in config)
+    tied = base.get("tie_word_embeddings") and any(".lm_head." in key for key in shapes)
+    kind, export = base.get("model_type"), f"python -m scripts.export {run} --to"
+    add = "write what training used into adapter_config.json"
+    rules = [  # readers, whether it holds, verdict, because, fix
+        (READERS, not r, REFUSED, "it holds no lora_A", "train again: nothing was adapted"),
+        (("PEFT", "transformers"), "peft_type" not in config, REFUSED, "no peft_type", add),
+        (("PEFT", "transformers"), missing, OTHER, f"no {missing}: PEFT takes its defaults", add),
+        (("vLLM",), missing, REFUSED, f"no {missing}", add),
+        (("llama.cpp",), "lora_alpha" not in config, REFUSED, "no lora_alpha", add),
+        (("vLLM", "llama.cpp"), more, REFUSED, f"it holds {more}",
+         "train without, or merge it with PEFT and serve the merged model"),
+        (READERS[:4], start not in (True, "gaussian", "orthogonal"), OTHER,
+         f"its start, {start}, changed the base model too",
+         "save it with PEFT's path_initial_model_for_weight_conversion"),
+        (("vLLM",), r > VLLM_RANKS[-1], REFUSED, f"rank {r} is above {VLLM_RANKS[-1]}",
+         "train a smaller rank, or serve the merged model"),
+        (("vLLM",), patterns, OTHER, f"older versions ignore {patterns}", f"{export} vllm"),
+        (("llama.cpp",), ignored, OTHER, f"it ignores {ignored}{weak}", f"{export} llama.cpp"),
+        (("llama.cpp",), tied, REFUSED, "lm_head is adapted, and tied to the embedding",
+         "train without lm_head, or serve the merged model"),
+        (("Ollama",), True, REFUSED, "it makes no adapter models since v0.34.1",
+         f"{export} ollama (a merged model)"),
+        (("Ollama",), kind not in ("llama", "gemma2"), REFUSED, "before, of llama and gemma2 only",
+         f"{export} ollama (a merged model)"),
+        (("Ollama",), not isinstance(config.get("lora_alpha", 1), int), REFUSED,
+         "lora_alpha is not a whole number", f"{export} ollama (a merged model)"),
+        (("mlx-lm",), True, REFUSED, "it has a layout of its own", f"{export} mlx")]
+    notes = {"transformers": "by load_adapter, with PEFT 0.18 or newer installed",
+             "vLLM": f"rank {r}: --max-lora-rank {vllm_rank(r)}",
+             "llama.cpp": f"as a GGUF LoRA: {export} llama.cpp" if kind in ARCHITECTURES else
+             f"if its convert_lora_to_gguf.py knows {kind}; this project does not"}
+    made = []
+    for reader in READERS:
+        held = [rule[2:] for rule in rules if reader in rule[0] and rule[1]]
+        worst = next((v for v in (REFUSED, OTHER) if any(v == verdict for verdict, *_ in held)), "")
+        held = [(because, fix) for verdict, because, fix in held if verdict == worst]
+        made.append(Verdict(reader, worst, "; ".join(because for because, _ in held),
+                            "; ".join(dict.fromkeys(fix for _, fix in held)))
+                    if held else Verdict(reader, LOADS, notes.get(reader, "")))
+    return made
+
+
+def vllm_rank(r):
+    """The --max-lora-rank to serve rank r with: the smallest that fits, vLLM's 16 where it does."""
+    return next((n for n in VLLM_RANKS if n >= max(r, 16)), VLLM_RANKS[-1])
+
+
+def portable(model):
+    """Write an injected model's adapter so that every reader scales it alike: one r for all layers
+    (smaller ones get rows of zeros), one whole lora_alpha, no rsLoRA; what is left of the scaling
+    goes into B. Each layer computes what it did. Where nothing differs, nothing is touched."""
+    layers = list(lora_layers(model).values())
+    r = max(layer.r for layer in layers)
+    lora_alpha = max(1, round(layers[0].scaling * r))
+    with torch.no_grad():
+        for layer in layers:
+            A, B, factor = layer.lora_A, layer.lora_B, layer.scaling * r / lora_alpha
+            if not math.isclose(factor, 1, rel_tol=1e-12):
+                B.mul_(factor)
+            if layer.r < r:
+                zeros = A.new_zeros(r - layer.r, len(B) + A.shape[1])
+                layer.lora_A = torch.nn.Parameter(torch.cat([A, zeros[:, len(B):]]))
+                layer.lora_B = torch.nn.Parameter(torch.cat([B, zeros[:, :len(B)].T], 1))
+            layer.r, layer.lora_alpha, layer.use_rslora = r, lora_alpha, False
+            layer.scaling = lora_alpha / r
+
+
+def save_mlx(model, folder, base_name):
+    """Write a portable adapter as mlx-lm lays it out: y = W x + scale (x lora_a) lora_b, with
+    lora_a (d_in, r) and lora_b (r, d_out), in the last num_layers blocks."""
+    layers, tensors, keys, first = lora_layers(model), {}, set(), model.config.num_hidden_layers
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_a"] = layer.lora_A.detach().cpu().T.contiguous()
+        tensors[f"{name}.lora_b"] = layer.lora_B.detach().cpu().T.contiguous()
+        block = re.match(r".*?\.(\d+)\.(.+)", name)           # model.layers.3.mlp.up_proj
+        keys.add(block[2] if block else name)
+        first = min(first, int(block[1])) if block else first
+    config = {
+        "fine_tune_type": "lora", "model": base_name,
+        "num_layers": model.config.num_hidden_layers - first,
+        "lora_parameters": {"rank": layer.r, "scale": layer.scaling, "dropout": layer.dropout.p,
+                            "keys": sorted(keys)}}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def load_mlx(folder):
+    """(config, tensors) of what save_mlx wrote."""
+    text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+    return json.loads(text), load_file(folder / "adapters.safetensors")
+
+
+def _more(config, shapes):
+    """What an adapter holds besides plain A and B, in words; "" if nothing."""
+    rest = [key for key in shapes
+            if not re.search(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)$", key)]
+    kinds = {"DoRA magnitudes": ({"use_dora"}, "lora_magnitude_vector"),
+             "biases": ({"bias", "lora_bias"}, ".bias"),
+             "full weights": ({"modules_to_save"}, ".weight")}
+    return _words({kind for kind, (keys, end) in kinds.items()
+                   if config.keys() & keys or any(key.endswith(end) for key in rest)})
+
+
+def _words(names):
+    return ", ".join(sorted(names))
