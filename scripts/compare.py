@@ -183,11 +183,10 @@ def measure(columns, nats, shown, authors):
         percent=True)
     add("words", "words an answer", average("words"), "words", None,
         "Greedy answers. Many gains in style are gains in length.", tile=True)
-    add("distinct", "distinct-2", lambda c: text.bootstrap(
-        everything(c), lambda part: text.distinct([a["text"] for a in part], 2, limit), 200), "",
+    add("distinct", "distinct-2", lambda c: text.Interval(text.distinct(
+        [a["text"] for a in everything(c)], 2, limit), None, None, len(everything(c))), "",
         "higher", f"Different word pairs / word pairs in the first {limit} words of every column, "
-        "for it falls with length. Drawing answers twice repeats pairs: the interval lies lower.",
-        2)
+        "for it falls with length. No interval: an answer drawn twice would repeat its pairs.", 2)
     add("loop", "answers with a loop", rate("loop"), "", "lower", "The same words three times in a "
         "row, or more than half of the 4-grams said before. All decodings.", percent=True,
         tile=True)
@@ -205,7 +204,7 @@ def measure(columns, nats, shown, authors):
     add("copied", "copied answers", rate("copied"), "", "lower", "One stretch of a training reply "
         "makes up more than half of the answer. All decodings.", percent=True, tile=True)
     add("break", "breaks of character", rate("break"), "", "lower",
-        '"As an AI", a maker\'s name, a stock refusal. All decodings.', percent=True)
+        '"As an AI", a maker\'s name, a stock refusal. All decodings.', percent=True, tile=True)
     return made
 
 
@@ -263,7 +262,7 @@ def head(runs, files, heldout, prompts, options):
         ["prompts", f"{len(prompts)} of {files['prompts'].name}"],
         ["held-out replies", each(lambda r, s: f"{len(heldout[r.name])} dialogues of " + (
             files[r.name].name if files[r.name] else "the validation part"))],
-        ["decoding", f"greedy, and {options.samples} samples at temperature "
+        ["decoding", f"greedy, and {options.samples} sampled at temperature "
          f"{options.temperature:g}, top-p {options.top_p:g}; at most {options.max_new_tokens} new "
          "tokens; no repetition penalty, nothing edited"],
         ["length control", f"answers under {options.min_words} words were asked for once more"
