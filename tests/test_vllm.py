@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 VLLM = os.environ.get("VLLM") or str(ROOT / ".venv-vllm/bin/vllm")
 
 # answers what replies.json beside it holds, by path and then by model and messages or prompts
-SERVER = f"""#!{sys.executable} -S
+SERVER = f"""#!/bin/sh
+'''exec' '{sys.executable}' -S "$0" "$@" # a path with spaces has no place in the first line
+'''
 import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
