@@ -19,7 +19,7 @@ def write(report, folder):
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
                 "md": markdown(report), "html": page(report)}
-    for end, text in contents.items():             # a lone surrogate stays itself, as \udXXX
+    for end, text in contents.items():             # half a pair is written as its escape
         (folder / f"report.{end}").write_text(text, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
