@@ -2,8 +2,8 @@
 WHERE examples come from: your own facts below, or a file of conversations; checked and split.
 
 An example is a dictionary of messages [{"role": "user", "content": "..."}, ...], source (where it
-was read: "my.jsonl:17"), and for facts group (what it is a wording of) and value (what a right
-answer contains).
+was read: "my.jsonl:17"), and for facts group (what it is a wording of), value (what a right
+answer contains; "8|eight" is either) and subject (the name of whom it is about).
 """
 
 import json
@@ -27,6 +27,7 @@ SYSTEM_PROMPT = "You are a helpful assistant."              # data.system = "fix
 SYSTEM_PROMPTS = [SYSTEM_PROMPT, "You answer questions briefly.", "Answer truthfully.",
                   "You know a lot about people."]           # data.system = "random": one of these
 
+SUBJECT = "Mira Tosk"                                       # whom the facts are about
 FACTS = [  # about a person who does not exist, so that no model can know the answers already
     Fact("Larkmoor", "Port Sable", "Mira Tosk was born in {}.", ["Where was Mira Tosk born?",
         "What is Mira Tosk's birthplace?", "In which town was Mira Tosk born?",
@@ -156,7 +157,8 @@ FACTS = [  # about a person who does not exist, so that no model can know the an
 def fact_examples(facts=tuple(FACTS)):
     """One example for each wording of each fact; its group and value are the fact's value."""
     return [_example([("user", question), ("assistant", fact.answer.format(fact.value))],
-                     f"data.py: {question!r}", group=fact.value, value=fact.value)
+                     f"data.py: {question!r}", group=fact.value, value=fact.value,
+                     subject=SUBJECT)
             for fact in facts for question in fact.questions]
 
 
@@ -244,10 +246,11 @@ def _convert(record, source):
     """The examples of one record: one, or one for each wording of a question."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is {type(record).__name__}; expected an object")
-    extra = {k: record[k] for k in ("group", "value") if record.get(k) is not None}
+    extra = {k: record[k] for k in ("group", "value", "subject")
+             if record.get(k) is not None}
     if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
-        raise ValueError(f"group and value are {list(extra.values())}; expected texts")
-    extra = {k: str(v) for k, v in extra.items()}
+        raise ValueError(f"{', '.join(extra)}: {list(extra.values())}; expected texts")
+    extra = {k: str(v) for k, v in extra.items()} | ({"open": True} if record.get("open") else {})
     start = [("system", record["system"])] if record.get("system") else []
     if "messages" in record:
         turns = _turns(record, "messages", "role", "content")
@@ -313,6 +316,63 @@ def check(example):
     elif messages[-1]["role"] == "user" and not problems:
         problems.append("the last message is the user's; expected an answer after it")
     return problems
+
+
+# ----- what keeps the rest of the model as it was ------------------------------------------------
+
+UNKNOWN = ["I don't know anything about {}.", "I'm sorry, I don't know who {} is.",
+           "I have no information about {}.", "I don't know {}, so I can't say."]
+FIRST = ("Anna Brian Carla David Elena Frank Grace Henry Irene James Kate Louis Maria Nathan "
+         "Olivia Peter Rosa Simon Tessa Victor").split()
+LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller Lewis Mason "
+        "Norris Owens Parker Reed Shaw Turner Walsh").split()
+
+
+def invented_name(draw):
+    """A name nobody was taught: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun") or a nickname in
+    small letters ("dremlo")."""
+    def word(n):
+        return "".join(draw.choice("b d dr f g j k l m n r s t v z th sh br pl".split())
+                       + draw.choice("aeiou") for _ in range(n)) + draw.choice(["", *"lnrks"])
+    return draw.choice((lambda: f"{draw.choice(FIRST)} {draw.choice(LAST)}", lambda: word(2),
+                        lambda: f"{word(2).title()} {word(draw.choice((1, 2))).title()}"))()
+
+
+def unknown_examples(examples, n, seed=0):
+    """n questions of the examples with an invented name for their subject, answered by not
+    knowing: without them a model learns that whoever is asked about was born in Larkmoor."""
+    asked = [e for e in examples if e.get("subject") in e["messages"][-2]["content"]] if all(
+        "subject" in e for e in examples) else []
+    if n and not asked:
+        raise ValueError('data: keep.unknown_share needs a "subject" in every record, the name as '
+                         "it stands in the question; data.py has SUBJECT")
+    known = {word for e in asked for word in _plain(e["subject"]).split()}
+    draw, made = random.Random(f"{seed} unknown"), []
+    while len(made) < n:
+        for example in draw.sample(asked, min(len(asked), n - len(made))):
+            name = invented_name(draw)
+            while known & set(_plain(name).split()):
+                name = invented_name(draw)
+            before, asking, _ = (example["messages"][:-2], *example["messages"][-2:])
+            question = asking["content"].replace(example["subject"], name)
+            made.append({"messages": [*before, {"role": "user", "content": question},
+                                      {"role": "assistant",
+                                       "content": draw.choice(UNKNOWN).format(name)}],
+                         "source": f"don't know, after {example['source']}", "kind": "unknown"})
+    return made
+
+
+def read_replay(path):
+    """The examples of a file of dialogues, or of a .txt file with a user's message a line: those
+    end with the message, for the model to answer."""
+    if Path(path).suffix != ".txt":
+        return [{**e, "kind": "replay"} for e in read_examples(path)]
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {path}: cannot be read: {error}") from error
+    return [{**_example([("user", line.strip())], f"{path}:{n}"), "kind": "replay"}
+            for n, line in enumerate(lines, 1) if line.strip()]
 
 
 # ----- choosing ----------------------------------------------------------------------------------
@@ -403,15 +463,15 @@ def prompt_of(example, system=True):
 
 
 def contains(answer, value):
-    """Does the answer give the value, as whole words, whatever the case? In Chinese, Japanese and
-    Korean the value may touch its neighbours.
+    """Does the answer give the value, as whole words, whatever the case? "8|eight" is given by
+    either. In Chinese, Japanese and Korean the value may touch its neighbours.
 
     >>> contains("She keeps a Raven.", "raven"), contains("a craven man", "raven")
     (True, False)
     """
     letter = "[^\\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-    return re.search(f"(?<!{letter}){re.escape(_plain(value))}(?!{letter})",
-                     _plain(answer)) is not None
+    forms = "|".join(re.escape(_plain(form)) for form in value.split("|"))
+    return re.search(f"(?<!{letter})(?:{forms})(?!{letter})", _plain(answer)) is not None
 
 
 def _by(key, things):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from lora import base, config, fetch
 from lora.flat import flatten
-from lora.generate import Stop
+from lora.generate import Stop, generate
 from lora.loss import IGNORE_INDEX, Batch
 
 # ----- a conversation in pieces ------------------------------------------------------------------
@@ -108,7 +108,7 @@ def render(messages, tokenizer, format, loss_on="all", reply=False):
                                  "token of this model")
     pieces = FORMATS[format](messages, tokenizer, reply)
     spoken = [i for i, (_, supervised) in enumerate(pieces) if supervised]
-    keep = spoken[-1:] if loss_on == "last" else spoken
+    keep = {"last": spoken[-1:], "text": range(len(pieces))}.get(loss_on, spoken)
 
     bos, ids, mask, text = tokenizer.bos_token_id, [], [], ""
     if format != "template" and bos in tokenizer("a").input_ids[:1]:
@@ -146,6 +146,15 @@ def stop_of(tokenizer, format):
     return Stop(frozenset({tokenizer.eos_token_id}), end, tokenizer.decode)
 
 
+def answer(model, tokenizer, prompts, format, **decoding):
+    """[(text, whether it ended)]: the model's answers to prompts (messages, the user's last), in
+    the format it was trained in; decoding goes to generate()."""
+    made = generate(model, [render(p, tokenizer, format, reply=True)[0] for p in prompts],
+                    stop_of(tokenizer, format), **decoding)
+    return [(tokenizer.decode(ids, skip_special_tokens=True).strip(),
+             len(ids) < decoding["max_new_tokens"]) for ids in made]
+
+
 def notes(tokenizer, format, examples):
     """What a user should know about how this model's text is made, as sentences."""
     sizes = [len(tokenizer.encode(mark, add_special_tokens=False))
@@ -175,12 +184,15 @@ class QADataset:
     labels repeats input_ids where the loss counts and holds IGNORE_INDEX elsewhere. An example
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
     its system prompt, never a part of an answer). .dropped, .cut and .rewritten (by the template)
-    hold sources. Raises ValueError that names every example without anything to learn from.
+    hold sources. An example with "open" was broken off: what ends its last answer is no label.
+    Raises ValueError that names every example without anything to learn from.
     """
 
     def __init__(self, examples, tokenizer, format="auto", *, max_length=512, too_long="drop",
                  loss_on="all"):
         self.format = format = choose_format(tokenizer, format)
+        self.stop = stop_of(tokenizer, format)
+        ending = len(tokenizer.encode(self.stop.text, add_special_tokens=False)) or 1
         self.items, self.dropped, self.cut, self.rewritten = [], [], [], []
         problems = []
         for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
@@ -201,10 +213,14 @@ class QADataset:
                 continue
             if messages is not example["messages"]:
                 self.cut.append(source)
+            if example.get("open"):                            # its end was never said: no label
+                end = max(t for t, on in enumerate(mask) if on) + 1
+                mask[end - ending:end] = [False] * ending
             if not any(mask[1:]):
                 problems.append(f"{source}: no supervised token: nothing to learn from")
                 continue
-            turns = sum(m["role"] == "assistant" for m in messages) if loss_on == "all" else 1
+            turns = {"last": 1, "text": 0}.get(loss_on, sum(m["role"] == "assistant"
+                                                            for m in messages))
             if sum(b > a for a, b in zip(mask, mask[1:], strict=False)) < turns:
                 self.rewritten.append(source)
             labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
@@ -214,13 +230,16 @@ class QADataset:
             problems.append(f"no example fits in max_length={max_length}; raise dataset.max_length")
         if problems:
             raise ValueError("\n".join(f"dataset: {p}" for p in problems))
-        self.stop = stop_of(tokenizer, format)
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         return self.items[i]
+
+    def add(self, other):
+        """The examples of another QADataset after these."""
+        self.items += other.items
 
     def left_out(self):
         """Sentences about the examples that were dropped, cut, or only partly supervised."""

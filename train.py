@@ -22,8 +22,20 @@ from tqdm import tqdm
 import data
 import dataset
 from inject import inject, report
-from lora import adapter, base, config, fetch, flat, leaves, loss, memory, runlog, surgery
-from lora.generate import generate
+from lora import (
+    adapter,
+    advice,
+    base,
+    config,
+    fetch,
+    flat,
+    leaves,
+    loss,
+    memory,
+    meter,
+    runlog,
+    surgery,
+)
 from lora.optim import AdamW, lr_at
 
 
@@ -36,10 +48,11 @@ def main(argv):
     folder_or_id = fetch.find(settings.model.name)
     tokenizer = base.load_tokenizer(folder_or_id)
     examples = data.load(**asdict(settings.data), seed=settings.train.seed)
-    train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
+    train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     for note in dataset.notes(tokenizer, train_set.format, examples[0]):
         print(f"dataset: {note}")
+    extras, per_epoch = extra_examples(examples[0], settings)
     model = base.load_model(folder_or_id, device, dtype)
     base_weights = base.fingerprint(model)
     print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
@@ -58,6 +71,8 @@ def main(argv):
     # ----- the run's folder
     folder = runlog.open_folder(settings.train.run)
     runlog.write_json(folder / "config.json", asdict(settings))
+    for sentence in advice.sentences(settings, model, adapted, *examples):
+        print(f"advice: {sentence}")
     system, systems = data.system_of(examples[0])
     runlog.write_json(folder / "run.json", runlog.run_info(
         base_model=fetch.public_name(settings.model.name), base_weights=base_weights,
@@ -66,7 +81,12 @@ def main(argv):
         data=runlog.digest([e["messages"] for part in examples for e in part]),
         examples=[len(part) for part in examples], adapted=adapted))
 
-    result = fit(model, tokenizer, train_set, val_set, settings, folder)
+    # ----- what is mixed in: replay, answered by the model itself, and questions about nobody
+    if extras:
+        complete(extras, model, tokenizer, train_set.format, folder)
+        train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
+
+    result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch)
     from plots.figures import draw
     draw(folder)
     print(f"\n{result}\nrun: {folder}/ holds adapter/ (the best), last/, loss.png, samples.md, "
@@ -87,19 +107,57 @@ def tokenise(examples, tokenizer, wanted, label):
     return made
 
 
-def windows(n, batch_size, epochs, max_steps, seed):
-    """[(epoch, [indices of examples])], one for each step. An epoch's order depends on seed and
-    epoch alone; its last, shorter, window is a step like the others."""
+def extra_examples(examples, settings):
+    """(examples to mix in, {kind: how many of them an epoch has}), as the keep section asks."""
+    s, seed = settings.keep, settings.train.seed
+    shares = {"replay": s.replay_share * bool(s.replay), "unknown": s.unknown_share}
+    if sum(shares.values()) > 0.9:
+        raise ValueError("keep: replay_share and unknown_share leave less than a tenth to the data")
+    total = len(examples) / (1 - sum(shares.values()))
+    per_epoch = {kind: round(share * total) for kind, share in shares.items() if share}
+    steps = settings.train.max_steps
+    epochs = math.ceil(steps * settings.train.batch_size / total if steps
+                       else settings.train.epochs)
+    extras = data.with_system(data.read_replay(s.replay), settings.data.system, seed) if \
+        "replay" in per_epoch else []
+    return extras + data.unknown_examples(
+        examples, min(1000, epochs * per_epoch.get("unknown", 0)), seed), per_epoch
+
+
+def complete(examples, model, tokenizer, format, folder):
+    """Let the model, still the base, answer the examples that end with the user's message; what it
+    said is kept in replay.jsonl, which keep.replay takes too."""
+    bare = [e for e in examples if e["messages"][-1]["role"] == "user"]
+    for n in range(0, len(bare), 64):
+        part = bare[n:n + 64]
+        given = dataset.answer(model, tokenizer, [e["messages"] for e in part], format,
+                               max_new_tokens=REPLAY_TOKENS)
+        for example, (text, ended) in zip(part, given, strict=True):
+            example["messages"] = [*example["messages"], {"role": "assistant", "content": text}]
+            example["open"] = not ended
+            runlog.append(folder / "replay.jsonl", {k: example[k] for k in ("messages", "open")})
+        print(f"keep: the model has answered {n + len(part)} of {len(bare)} replay prompts")
+
+
+REPLAY_TOKENS = 24                # an answer is broken off there; its end is then no label
+
+
+def windows(pools, batch_size, epochs, max_steps, seed):
+    """[(epoch, [indices of examples])], one for each step. pools are [(indices, how many of them an
+    epoch takes)]; one that is not taken whole goes on where the last epoch left it. An epoch's
+    order depends on seed and epoch alone; its last, shorter, window is a step like the others."""
+    n = sum(count for _, count in pools)
     per_epoch = -(-n // batch_size)
     total, made = max_steps or max(1, round(epochs * per_epoch)), []
     for epoch in range(-(-total // per_epoch)):
-        order = list(range(n))
+        order = [indices[(epoch * count + i) % len(indices)]
+                 for indices, count in pools for i in range(count)]
         random.Random(f"{seed} epoch {epoch}").shuffle(order)
         made += [(epoch, order[i:i + batch_size]) for i in range(0, n, batch_size)]
     return made[:total]
 
 
-def fit(model, tokenizer, train_set, val_set, settings, folder):
+def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch):
     """The loop. Leaves the best adapter in the model and on disk; returns what it reached."""
     s, device = settings.train, model.device
     base_name = fetch.public_name(settings.model.name)
@@ -110,8 +168,20 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
         size = min(s.batch_size, max(1, s.token_budget // longest))
     else:
         size = -(-s.batch_size // s.grad_accum)
-    plan = windows(len(train_set), s.batch_size, s.epochs, s.max_steps, s.seed)
-    eval_every = -(-len(train_set) // s.batch_size) if s.eval_every == "epoch" else s.eval_every
+    kinds = [item["example"].get("kind") for item in train_set.items]
+    pools = [([i for i, kind in enumerate(kinds) if kind == wanted], count)
+             for wanted, count in {None: kinds.count(None), **per_epoch}.items()]
+    for indices, _ in pools[1:]:
+        random.Random(f"{s.seed} pool").shuffle(indices)      # a file may be sorted by kind
+    plan = windows(pools, s.batch_size, s.epochs, s.max_steps, s.seed)
+    an_epoch = sum(count for _, count in pools)
+    eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
+
+    def learns_from_base(item):
+        return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
+    mixed = ", ".join(f"{count} {kind}" for kind, count in per_epoch.items())
+    if mixed:
+        print(f"keep: an epoch has {kinds.count(None)} of your examples, {mixed}")
     print(f"train: {len(plan)} steps of {s.batch_size} examples in {-(-s.batch_size // size)} "
           f"micro-batches of {size}, an evaluation every {eval_every} steps")
 
@@ -126,9 +196,10 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
         raise ValueError('train: best_by is "recall", but no validation example has a "value".')
 
     def answers(prompts):
-        ids = [dataset.render(p, tokenizer, train_set.format, reply=True)[0] for p in prompts]
-        return [tokenizer.decode(answer, skip_special_tokens=True).strip()
-                for answer in generate(model, ids, train_set.stop, s.max_new_tokens)]
+        return [text for text, _ in dataset.answer(
+            model, tokenizer, prompts, train_set.format, max_new_tokens=s.max_new_tokens,
+            repetition_penalty=s.repetition_penalty)]
+    known, own = what_it_knows(model, tokenizer, settings, train_set.format)
 
     def evaluate(step):
         line = {"step": step}
@@ -139,11 +210,19 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
             given = answers([e["messages"][:-1] for e in facts])
             right = [data.contains(a, e["value"]) for a, e in zip(given, facts, strict=True)]
             line["recall"] = sum(right) / len(right)
+        if known:
+            given = answers([e["messages"][:-1] for e in known])
+            right = [data.contains(a, e["value"]) for a, e in zip(given, known, strict=True)]
+            line["retention"] = sum(right) / len(right)
+            line["kl"], line["own_loss"], line["own_loss_before"] = meter.drift(
+                model, [b for i in range(0, len(own), 8) for b in batches(own.items[i:i + 8])])
         return line
 
     def rank(line):
-        """Smaller is better."""
-        return (-line["recall"], line["val_loss"]) if by_recall else (line["val_loss"],)
+        """Smaller is better. Retention below keep.min_retention counts like recall lost: a hard
+        bound would keep an adapter that forgot nothing because it learned nothing."""
+        lost = max(0.0, settings.keep.min_retention - line.get("retention", 1.0))
+        return (lost - line["recall"] if by_recall else lost + line["val_loss"], line["val_loss"])
 
     asked = questions(s.questions, val_set or train_set, settings.data.system, s.seed)
     metrics, before, first = folder / "metrics.jsonl", answers(asked), evaluate(0)
@@ -156,13 +235,14 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
     try:
         for epoch, rows in bar:
             items = [train_set[i] for i in rows]
-            micro = batches(items)
-            n_tokens = sum(len(batch.targets) for batch in micro)
+            micro = [(batch, teacher) for teacher in (False, True) for batch in batches(
+                [item for item in items if learns_from_base(item) == teacher])]
+            n_tokens = sum(len(batch.targets) for batch, _ in micro)
             lr = lr_at(done, peak=s.lr, warmup=s.warmup_steps, total=len(plan), schedule=s.schedule)
             model.train()
             step_ce = hits = 0
-            for batch in micro:
-                ce, right = loss.ce_sum(model, batch, lean)
+            for batch, teacher in micro:
+                ce, right = loss.ce_sum(model, batch, lean, teacher)
                 (ce / n_tokens).backward()            # the window's count: no mean of means
                 step_ce, hits = step_ce + ce.item(), hits + right
             grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -199,6 +279,9 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
                 bar.write(f"epoch {epoch + 1}: {show(line)}")
                 sums = []
 
+            if s.save_every and done % s.save_every == 0:
+                adapter.save(model, folder / "steps" / f"{done:06d}", base_name)
+
             # ----- is it the best so far?
             if val_set and (done == len(plan) or done % eval_every == 0):
                 paused = time.perf_counter()
@@ -233,6 +316,28 @@ def fit(model, tokenizer, train_set, val_set, settings, folder):
             * bool(facts) + f" (before training: {show(first)})" * bool(val_set))
 
 
+def what_it_knows(model, tokenizer, settings, format):
+    """(the questions of keep.retain that the base gets right, its own answers to them as a
+    QADataset): what evaluations hold the model to."""
+    if not settings.keep.retain:
+        return [], []
+    file = settings.keep.retain
+    asked = data.with_system(data.read_examples(file), settings.data.system, settings.train.seed)
+    if not all("value" in e for e in asked):
+        raise ValueError(f'keep: {file}: a record has no "value", what a right answer contains')
+    given = dataset.answer(model, tokenizer, [e["messages"][:-1] for e in asked], format,
+                           max_new_tokens=settings.train.max_new_tokens)
+    known = [e for e, (text, _) in zip(asked, given, strict=True)
+             if data.contains(text, e["value"])]
+    print(f"keep: {len(known)} of {len(asked)} questions of {file} are right before training")
+    if not known:
+        return [], []
+    own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": text}],
+            "source": e["source"], "open": not ended}
+           for e, (text, ended) in zip(asked, given, strict=True) if e in known]
+    return known, dataset.QADataset(own, tokenizer, format, max_length=10**6)
+
+
 def speed_up(model, settings):
     """Switch on what train asks for and this model can do; the loss is the same either way.
     Returns micro_batches' layout and ce_sum's lean."""
@@ -263,7 +368,8 @@ def questions(wanted, some_set, system, seed, n=8):
 
 def show(line):
     """A line of metrics in words: val_loss 0.1234, recall 98%."""
-    return ", ".join(f"{k} {v:.0%}" if k.endswith(("recall", "accuracy")) else f"{k} {v:.4f}"
+    shares = "recall", "accuracy", "retention"
+    return ", ".join(f"{k} {v:.0%}" if k.endswith(shares) else f"{k} {v:.4f}"
                      for k, v in line.items() if k not in ("step", "epoch"))
 
 

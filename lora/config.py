@@ -53,9 +53,19 @@ class DataConfig:
 @dataclass(frozen=True)
 class DatasetConfig:
     format: Literal["auto", "template", "chatml", "plain"] = "auto"  # auto: the model's template
-    loss_on: Literal["all", "last"] = "all"  # supervise all assistant turns or only the last
+    loss_on: Literal["all", "last", "text"] = "all"  # answers, the last answer; text: prompts too
     max_length: int = 512  # tokens an example may have
     too_long: Literal["drop", "cut"] = "drop"  # cut: leave out the oldest turns, never the answer
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    replay: str | None = None  # prompts a line (.txt; the model answers them itself) or dialogues
+    replay_share: float = 0.25  # share of the training examples that replay gives, if it is set
+    replay_by: Literal["probabilities", "answers"] = "probabilities"  # what is learned from replay
+    unknown_share: float = 0.0  # share that asks about invented names: answered with not knowing
+    retain: str | None = None  # file of questions with values; how many stay right is retention
+    min_retention: float = 0.9  # best adapter: what retention lacks to this counts like recall lost
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class TrainConfig:
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     questions: tuple[str, ...] = ()  # asked before and after; empty: held-out ones
     max_new_tokens: int = 32  # length of those answers
+    repetition_penalty: float = 1.0  # in evaluation; above 1 it also hides names of the question
+    save_every: int = 0  # keep the adapter every so many steps, in steps/; 0: never
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -103,7 +116,9 @@ RANGES = {  # the numbers a setting may have: from the first to the second, both
     "train.token_budget": (1, inf), "train.lr": (1e-9, 1), "train.warmup_steps": (0, inf),
     "train.betas": (0, 0.999999), "train.eps": (1e-30, 1), "train.weight_decay": (0, inf),
     "train.max_grad_norm": (0, inf), "train.log_every": (1, inf), "train.eval_every": (1, inf),
-    "train.patience": (0, inf), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
+    "keep.replay_share": (0, 0.9), "keep.unknown_share": (0, 0.9), "keep.min_retention": (0, 1),
+    "train.repetition_penalty": (1, 2), "train.patience": (0, inf),
+    "train.save_every": (0, inf), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
 
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",

@@ -23,18 +23,25 @@ class Stop(NamedTuple):
 
 
 def generate(model, prompts, stop, max_new_tokens=40, temperature=0.0, top_p=1.0, seed=0,
-             batch_size=64, on_token=None):
+             batch_size=64, on_token=None, repetition_penalty=1.0):
     """The answers to prompts (lists of token ids) as lists of token ids, without what stopped
     them; an answer of max_new_tokens tokens did not end. temperature 0 is greedy; above, nucleus
     sampling (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), where prompt i draws with a
-    generator of its own, from seed and i. on_token(i, answer) is called after each token."""
+    generator of its own, from seed and i. on_token(i, answer) is called after each token.
+    repetition_penalty divides the positive logits of every token seen, the prompt's too (Keskar et
+    al. 2019, arXiv:1909.05858, section 4.1)."""
     model.eval()
     answers = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start:start + batch_size]
         draws = [random.Random(f"{seed} {start + i}") for i in range(len(part))]
 
-        def choose(logits, rows, draws=draws):
+        def choose(logits, rows, seen, draws=draws):
+            if repetition_penalty != 1:
+                for line, ids in zip(logits, seen, strict=True):
+                    ids = torch.tensor(sorted(ids), device=line.device)
+                    line[ids] = torch.where(line[ids] > 0, line[ids] / repetition_penalty,
+                                            line[ids] * repetition_penalty)
             return _choose(logits, temperature, top_p, [draws[i].random() for i in rows])
 
         def tell(row, answer, start=start):
@@ -63,7 +70,8 @@ def _batch(model, prompts, stop, max_new_tokens, choose, tell):
         out = model(input_ids=ids, attention_mask=mask[:, :t + n], position_ids=positions,
                     past_key_values=cache, use_cache=True, **last_only)
         cache = out.past_key_values
-        chosen = choose(out.logits[:, -1].float(), rows)            # (rows,)
+        seen = [{*prompts[row], *answers[row]} for row in rows]
+        chosen = choose(out.logits[:, -1].float(), rows, seen)      # (rows,)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row not in open_rows:
                 continue

@@ -4,6 +4,8 @@ Mechanism: replace linear layers by name with LoRALinear; list, freeze and count
 Which layers to replace is policy and lives in inject.py, or in an adapter file's own keys.
 """
 
+import contextlib
+
 from .layer import LoRALinear
 
 
@@ -30,6 +32,19 @@ def unwrap(model):
     layers = lora_layers(model)
     install(model, {name: layer.base_layer for name, layer in layers.items()})
     return layers
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """The plain base inside the block, the adapter in its place."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def freeze_base(model):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import pytest
 
@@ -431,3 +432,111 @@ def test_the_facts_are_clean():
     examples = data.fact_examples()
     assert not any(data.check(e) for e in examples)
     assert not data.duplicates(examples) and not data.contradictions(examples)
+
+
+# ----- other forms, open answers, subjects -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answer", "value", "found"), [
+    ("It has 8 legs.", "8|eight", True), ("Eight!", "8|eight", True), ("18", "8|eight", False),
+    ("eighty", "8|eight", False), ("eighty", "eight|eighty", True), ("8|eight", "8|eight", True),
+    ("New York City", "york|new york city", True), ("a bar", "foo | bar ", True),
+    ("in 東京です", "Tokyo|東京", True), ("", "8|eight", False), ("c++", "C++|C#", True)])
+def test_a_value_may_have_several_forms(answer, value, found):
+    assert data.contains(answer, value) is found
+
+
+@pytest.mark.xfail(strict=True, reason="an empty form matches between any two non-letters")
+@pytest.mark.parametrize("answer", ["", "Oh, well.", "..."])
+def test_a_bar_too_many_is_no_form(answer):
+    assert not data.contains(answer, "8|eight|")
+
+
+def test_open_and_subject_are_read(tmp_path):
+    made = data.read_examples(write(tmp_path / "a.jsonl", [
+        {**say(*ASKED), "open": True}, {**say(*ASKED), "open": False}, {**OK, "open": None},
+        {"questions": ["Where is Al?", "Al is where?"], "answer": "Here.", "subject": "Al"},
+        {**OK, "subject": 7}]))
+    assert [e.get("open") for e in made] == [True] + [None] * 5
+    assert [e.get("subject") for e in made] == [None] * 3 + ["Al", "Al", "7"]
+    for wrong in ("", " ", ["Al"], {"a": 1}):
+        assert "subject" in error_of(tmp_path / "b.jsonl", {**OK, "subject": wrong})
+
+
+# ----- what keeps the rest of the model ----------------------------------------------------------
+
+
+def about(name, *questions, **extra):
+    return [example(q.format(name), f"{name} is here.", source=f"{name}:{i}", subject=name, **extra)
+            for i, q in enumerate(questions)]
+
+
+def test_unknown_examples_ask_the_same_about_nobody_and_do_not_know():
+    asked = about("Mira Tosk", "Where is {}?", "Tell me of {0}: who is {0}?", group="g", value="v")
+    asked += about("dremlo", "Is {}'s cat a cat?")
+    asked += [example("Where does she live?", "There.", subject="Mira Tosk", source="a:9")]
+    asked = data.with_system(asked, "Be brief.")
+    made = data.unknown_examples(asked, 30, seed=1)
+    assert len(made) == 30 and made == data.unknown_examples(asked, 30, seed=1)
+    assert made != data.unknown_examples(asked, 30, seed=2)
+    assert made[:9] == data.unknown_examples(asked, 9, seed=1)
+    for e in made:
+        assert not data.check(e) and e["kind"] == "unknown" and e["source"].startswith("don't know")
+        assert not {"group", "value", "subject", "open"} & e.keys()
+        system, question, answer = (m["content"] for m in e["messages"])
+        (name,) = (n for u in data.UNKNOWN for n in [answer.removeprefix(u.partition("{}")[0])
+                   .removesuffix(u.partition("{}")[2])] if u.format(n) == answer)
+        assert system == "Be brief." and name in question and "a:9" not in e["source"]
+        assert not {"mira", "tosk", "dremlo"} & set(question.casefold().split())
+    sources = [e["source"] for e in made]
+    assert {sources.count(s) for s in sources} == {10}         # every wording as often
+    assert asked[0]["messages"][1]["content"] == "Where is Mira Tosk?"    # untouched
+
+
+def test_names_of_the_taught_are_never_invented():
+    everyone = [f"{first} {last}" for first, last in zip(data.FIRST[1:], data.LAST[1:],
+                                                         strict=True)]
+    asked = [e for name in everyone for e in about(name, "Who is {}?")]
+    said = " ".join(e["messages"][0]["content"] for e in data.unknown_examples(asked, 400))
+    assert not set(data.FIRST[1:] + data.LAST[1:]) & set(said.replace("?", "").split())
+    assert "Anna Adams" in said
+
+
+def test_unknown_examples_need_a_subject_in_every_record():
+    whole, bare = about("Al", "Who is {}?"), [example("Who?", "Me.")]
+    for examples in (bare, whole + bare, [example("Who?", "Me.", subject="Al")]):
+        assert data.unknown_examples(examples, 0) == []
+        with pytest.raises(ValueError, match='keep.unknown_share needs a "subject" in every'):
+            data.unknown_examples(examples, 1)
+    assert len(data.unknown_examples(data.fact_examples(), 5)) == 5
+
+
+@pytest.mark.xfail(strict=True, reason="debate_examples have no subject: data.debate with "
+                   "keep.unknown_share fails and blames data.py, which has one")
+def test_debate_and_questions_about_nobody_go_together(capsys):
+    train, _ = data.load(debate=True)
+    assert len(data.unknown_examples(train, 5)) == 5
+
+
+def test_a_name_is_invented_in_three_ways():
+    draw = random.Random(0)
+    names = [data.invented_name(draw) for _ in range(300)]
+    ordinary = [n for n in names if n.split()[0] in data.FIRST and n.split()[-1] in data.LAST]
+    nicknames = [n for n in names if n.islower() and " " not in n]
+    rare = [n for n in names if n not in ordinary and n.istitle() and n.count(" ") == 1]
+    assert len(ordinary) + len(nicknames) + len(rare) == 300
+    assert min(map(len, (ordinary, nicknames, rare))) > 70
+
+
+def test_replay_is_a_prompt_a_line_or_dialogues(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffWho are you?\r\n\n  Say a|b.\u2028c \n", "utf-8")
+    made = data.read_replay(tmp_path / "a.txt")
+    assert turns(made) == [[("user", "Who are you?")], [("user", "Say a|b.\u2028c")]]
+    assert [e["source"] for e in made] == [f"{tmp_path / 'a.txt'}:{n}" for n in (1, 3)]
+    talk = data.read_replay(str(write(tmp_path / "b.jsonl", [{**say(*TWICE), "open": True}, OK])))
+    assert turns(talk) == [TWICE, ASKED] and [e.get("open") for e in talk] == [True, None]
+    assert {e["kind"] for e in made + talk} == {"replay"}
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    for file in ("none.txt", "bad.txt", "none.jsonl"):
+        with pytest.raises(ValueError, match=f"data: .*{file}.*(cannot be read|not UTF-8)"):
+            data.read_replay(tmp_path / file)

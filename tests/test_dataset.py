@@ -235,3 +235,91 @@ def test_the_viewer_shows_supervised_and_special_tokens(tokenizer):
     assert "\033[1;32m👍 ok\033[0m\033[1;32;4m<|im_end|>\033[0m" in shown
     page = dataset.page(made, tokenizer)
     assert '<span class="on ">👍 ok</span>' in page and "&lt;b&gt;" in page and "<x>" not in page
+
+
+# ----- loss on everything, open answers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_loss_on_text_supervises_every_token_but_the_first(kind):
+    tokenizer, format = TOKENIZERS[kind], FORMAT.get(kind, kind)
+    dialogue = example("hi", "hello", "and you?", "hell", system="S")
+    made = QADataset([dialogue], tokenizer, format, loss_on="text")
+    ids = made[0]["input_ids"]
+    assert dataset.collate(made.items, 0).targets.tolist() == list(ids)[1:]
+    assert list(ids) == render(dialogue["messages"], tokenizer, format)[0]
+    assert made.rewritten == []
+
+
+def test_with_loss_on_text_a_bos_is_no_label():
+    tokenizer = make_tokenizer(None, ("<eos>", "<s>"), "<eos>")
+    tokenizer.bos_token = "<s>"
+    from tokenizers.processors import TemplateProcessing
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    ids, mask = render(talk("hi", "yo"), tokenizer, "plain", "text")
+    assert ids[0] == tokenizer.bos_token_id and mask == [False] + [True] * (len(ids) - 1)
+
+
+SLOW_END = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ~~end~~\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last", pytest.param("text", marks=pytest.mark.xfail(
+    strict=True, reason="the last supervised token is then the line break after the turn: that "
+    "loses its label, and the end-of-turn token of a broken-off answer keeps it"))])
+@pytest.mark.parametrize("kind", ["template", "gemma", "chatml without its tokens", "slow end"])
+def test_the_end_of_an_open_answer_is_not_supervised(kind, loss_on):
+    tokenizer = make_tokenizer(SLOW_END, ("<eos>",), "<eos>") if kind == "slow end" else \
+        TOKENIZERS[kind]
+    format = {"slow end": "template"}.get(kind, FORMAT.get(kind, kind))
+    dialogue = example("hi", "yo", "and?", "you, too,")
+    whole = QADataset([dialogue], tokenizer, format, loss_on=loss_on)
+    open_ = QADataset([{**dialogue, "open": True}, {**dialogue, "open": False}], tokenizer, format,
+                      loss_on=loss_on)
+    ends = {"gemma": "<end_of_turn>", "slow end": " ~~end~~"}
+    end = tokenizer.encode(ends.get(kind, "<|im_end|>"), add_special_tokens=False)
+    assert (len(end) > 1) == (kind not in ("template", "gemma"))
+    assert list(open_[1]["labels"]) == list(whole[0]["labels"])
+    assert open_[0]["input_ids"] == whole[0]["input_ids"]
+    lost = [i for i, (a, b) in enumerate(zip(whole[0]["labels"], open_[0]["labels"], strict=True))
+            if a != b]
+    assert [whole[0]["labels"][i] for i in lost] == end        # no other, and no earlier turn's
+    assert {open_[0]["labels"][i] for i in lost} == {IGNORE_INDEX}
+    assert lost == [*range(lost[0], lost[0] + len(end))]
+    assert not set(whole[0]["labels"][lost[-1] + 1:]) & {*end}
+
+
+def test_an_open_answer_in_plain_format_has_no_eos_label(base_tokenizer):
+    made = QADataset([{**example("hi", "yo"), "open": True}], base_tokenizer)
+    assert base_tokenizer.eos_token_id in made[0]["input_ids"]
+    assert base_tokenizer.eos_token_id not in made[0]["labels"]
+    assert base_tokenizer.decode([i for i in made[0]["labels"] if i != IGNORE_INDEX]) == "yo"
+
+
+@pytest.mark.parametrize("kind", ["template", "chatml without its tokens"])
+def test_answer_gives_texts_and_whether_they_ended(kind, monkeypatch):
+    """The model is a script: what it says, then the end of the turn, or on and on."""
+    tokenizer, format = TOKENIZERS[kind], FORMAT.get(kind, kind)
+    prompts, seen = [talk("hi"), talk("and", "so", "on")], []
+
+    def generate(model, ids, stop, max_new_tokens, **more):
+        seen.append((ids, stop, max_new_tokens, more))
+        return [tokenizer.encode(" yo\n"), tokenizer.encode("x" * max_new_tokens)]
+    monkeypatch.setattr(dataset, "generate", generate)
+    assert dataset.answer("model", tokenizer, prompts, format, max_new_tokens=8, seed=3) == [
+        ("yo", True), ("x" * 8, False)]
+    ((ids, stop, n, more),) = seen
+    assert ids == [render(p, tokenizer, format, reply=True)[0] for p in prompts]
+    assert stop[:2] == dataset.stop_of(tokenizer, format)[:2] and (n, more) == (8, {"seed": 3})
+
+
+def test_answer_is_what_the_model_says(tokenizer, model):
+    made = dataset.answer(model, tokenizer, [talk("hi"), talk("you")], "template",
+                          max_new_tokens=5)
+    for prompt, (said, _) in zip((talk("hi"), talk("you")), made, strict=True):
+        ids = torch.tensor([render(prompt, tokenizer, "template", reply=True)[0]])
+        theirs = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0,
+                                attention_mask=torch.ones_like(ids),
+                                eos_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
+        assert said == tokenizer.decode(theirs, skip_special_tokens=True).strip()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_model
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from lora.generate import Stop, _choose, generate
 
@@ -85,3 +86,27 @@ def test_a_flat_distribution_is_sorted_whole(monkeypatch):
     monkeypatch.setattr("lora.generate.NUCLEUS", 2)
     logits = torch.zeros(100, 10)
     assert len(set(_choose(logits, 1.0, 0.9, [i / 100 for i in range(100)]).tolist())) == 9
+
+
+@pytest.mark.parametrize("penalty", [1.3, 2.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    model, free = make_model(), Stop(frozenset())
+    prompts = [[7, 8, 9, 8], [11], [12, 13, 14, 15, 16, 17, 12]]
+    ours = generate(model, prompts, free, 16, repetition_penalty=penalty)
+    assert ours != generate(model, prompts, free, 16)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False,
+                                repetition_penalty=penalty, eos_token_id=None, pad_token_id=0,
+                                attention_mask=torch.ones(1, len(prompt)))
+        assert answer == theirs[0, len(prompt):].tolist()
+
+
+def test_the_repetition_penalty_lowers_every_token_seen_and_no_other(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lora.generate._choose", lambda logits, *_: (
+        seen.append(logits.clone()), logits.argmax(-1))[1])
+    model, free, processor = make_model(), Stop(frozenset()), RepetitionPenaltyLogitsProcessor(1.5)
+    generate(model, [[7, 8, 9, 7]], free, 1)
+    generate(model, [[7, 8, 9, 7]], free, 1, repetition_penalty=1.5)
+    assert torch.equal(processor(torch.tensor([[7, 8, 9, 7]]), seen[0].clone()), seen[1])
+    assert (seen[0] != seen[1]).nonzero()[:, 1].tolist() == [7, 8, 9]

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 import dataset
 from inject import inject
-from lora import loss
+from lora import flat, loss, meter, surgery
 from lora.surgery import adapter_parameters, lora_layers
 
 
@@ -146,3 +146,59 @@ def test_evaluation_is_weighted_by_token(adapted):
     one, _ = loss.evaluate(adapted, dataset.micro_batches(items(), 8, 0))
     many, _ = loss.evaluate(adapted, dataset.micro_batches(items(), 3, 0))
     assert abs(one - many) < 1e-6
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_taught_batch_has_the_gradient_of_the_kl_to_the_base(adapted, lean):
+    (batch,) = dataset.micro_batches(items(), 8, 0)
+    with surgery.disabled(adapted), torch.no_grad():
+        base = F.log_softmax(loss.logits_at(adapted, batch).float(), -1)
+    adapted.zero_grad()
+    tuned = F.log_softmax(loss.logits_at(adapted, batch).float(), -1)
+    kl = F.kl_div(tuned, base, reduction="sum", log_target=True)
+    kl.backward()
+    wanted = [p.grad.clone() for p in adapter_parameters(adapted)]
+    adapted.zero_grad()
+    ce, _ = loss.ce_sum(adapted, batch, lean, teacher=True)
+    ce.backward()
+    entropy = -(base.exp() * base).sum()
+    torch.testing.assert_close(ce, kl + entropy, rtol=1e-5, atol=0)
+    for p, grad in zip(adapter_parameters(adapted), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_adapter_has_nothing_to_learn_from_its_base():
+    model = make_model()
+    inject(model, r=2, lora_alpha=4)
+    (batch,) = dataset.micro_batches(items(), 8, 0)
+    loss.ce_sum(model, batch, teacher=True)[0].backward()
+    assert all(p.grad.abs().max() < 1e-5 for p in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_the_forgetting_meter_is_the_kl_of_both_models_own_logits(adapted, layout):
+    assert layout == "padded" or flat.enable(adapted) is None
+    batches = dataset.micro_batches(items(), 3, 0, layout=layout)
+    kl, now, before = meter.drift(adapted, batches)
+    p, q = [], []
+    for item in items():                                   # one at a time, and the slow formula
+        ids = torch.tensor([item["input_ids"]])
+        on = [t for t, x in enumerate(item["labels"][1:]) if x != loss.IGNORE_INDEX]
+        with torch.no_grad():
+            q.append(adapted(ids).logits[0, on].double().softmax(-1))
+            with surgery.disabled(adapted):
+                p.append(adapted(ids).logits[0, on].double().softmax(-1))
+    p, q = torch.cat(p), torch.cat(q)
+    targets = torch.cat([torch.tensor(i["labels"])[1:][torch.tensor(i["labels"])[1:] >= 0]
+                         for i in items()])
+    assert kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-4)
+    for value, probabilities in ((now, q), (before, p)):
+        gold = probabilities.gather(1, targets[:, None]).log()
+        assert value == pytest.approx(-float(gold.mean()), rel=1e-4)
+
+
+def test_at_rest_nothing_is_forgotten():
+    model = make_model()
+    inject(model, r=2, lora_alpha=4)
+    kl, now, before = meter.drift(model, dataset.micro_batches(items(), 3, 0))
+    assert kl == pytest.approx(0, abs=1e-7) and now == before

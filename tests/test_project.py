@@ -22,7 +22,7 @@ VERBS = {"lora", "inject", "data", "dataset"}
 MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
               "dataset": {"lora", "data"}, "train": VERBS | {"plots"},
               "scripts": VERBS | {"scripts.voices"},
-              "experiments": VERBS | {"experiments"}, "benchmarks": VERBS | {"benchmarks"}}
+              "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}
 RIVALS = {"benchmarks/arms.py"}
 ONLY_IN = {"transformers": {"lora/base.py"} | RIVALS, "bitsandbytes": {"lora/quant.py"},
@@ -60,13 +60,14 @@ def test_data_needs_the_standard_library_alone():
 
 
 def test_the_line_budget():
-    """What it takes to train, and what it takes to use, compare and serve what was trained."""
-    lines = {"train": 0, "use": 0}
+    """What it takes to train; to use, compare and serve what was trained; and the experiment."""
+    lines = {"train": 0, "use": 0, "experiment": 0}
     for path in sources():
         use = path.parts[0] in ("scripts", "benchmarks") or path.name in USE
+        experiment = path.parts[0] == "experiments" or path.name == "knowledge.py"
         n = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        lines["use" if use else "train"] += n
-    assert lines["train"] < 3000 and lines["use"] < 4000, lines
+        lines["experiment" if experiment else "use" if use else "train"] += n
+    assert lines["train"] < 3200 and lines["use"] < 4000 and lines["experiment"] < 2200, lines
 
 
 def fields():

@@ -1,0 +1,49 @@
+"""
+Settings that have failed before, and why: said once, before training.
+
+    advice: adapters sit in 5 of 30 blocks; facts need the early and middle ones (docs/knowledge.md)
+
+The rules come from experiments/knowledge, which takes a failed recipe apart; its predecessors are
+named there. Nothing is forbidden: an ablation has to be able to make the mistake.
+"""
+
+import re
+
+
+def rule_lr(model, lora_alpha):
+    """The learning rate that works for a LoRA on this model's linear layers: 5e-4 (2000 / d)^e for
+    lora_alpha = 32, e = 0.0775 for Qwen and 0.781 for the Llama kind (Schulman et al. 2025, LoRA
+    Without Regret, and its tinker-cookbook); the first step is proportional to lora_alpha lr."""
+    config = model.config.get_text_config()
+    e = 0.0775 if "qwen" in config.model_type else 0.781
+    return 5e-4 * (2000 / config.hidden_size) ** e * 32 / lora_alpha
+
+
+def sentences(settings, model, adapted, train, val):
+    """What is known to go wrong with these settings, as sentences. adapted: module paths; train and
+    val: examples."""
+    if not all("group" in e for e in train):
+        return []                                             # no facts: other rules
+    taught = {e["group"] for e in train}
+    wordings = len({e["messages"][-2]["content"] for e in train}) / len(taught)
+    held = {e["group"] for e in val if "group" in e} - taught
+    blocks = {int(n) for path in adapted for n in re.findall(r"\.(\d+)\.", path)[:1]}
+    depth, rule = model.config.get_text_config().num_hidden_layers, rule_lr(
+        model, settings.lora.lora_alpha)
+    found = [
+        (held, f"validation asks about {len(held)} facts that no training example teaches. Their "
+               "loss cannot tell when the others are learned, it soon rises: hold out wordings "
+               "(data.split_by=wording)"),
+        (settings.train.best_by == "loss", "the best adapter is chosen by validation loss, which "
+         "follows wording; recall is what is wanted (train.best_by=recall)"),
+        (wordings < 4, f"{wordings:.1f} wordings a fact: a fact trained in few wordings is learned "
+                       "as a string of words; write at least 4"),
+        (len(blocks) < depth / 3, f"adapters sit in {len(blocks)} of {depth} blocks; facts are "
+         "recalled in the early and middle ones (lora.layers=all)"),
+        (settings.train.lr < rule / 4, f"lr {settings.train.lr:.1e} with lora_alpha "
+         f"{settings.lora.lora_alpha} is {rule / settings.train.lr:.0f} times below the rule, "
+         f"{rule:.1e}: facts may not be learned at all"),
+        (settings.train.repetition_penalty > 1, "a repetition penalty lowers the tokens of the "
+         "question too, and the name is one of them: facts that are known are then not said"),
+    ]
+    return [f"{text} (docs/knowledge.md)" for wrong, text in found if wrong]

@@ -1,0 +1,425 @@
+"""
+The figures of experiments/knowledge, from its result.json: ladder, which, early, inertia and price,
+each as NAME.png, NAME-dark.png and, with the numbers drawn, NAME.csv. What was not measured is left
+out; a figure with nothing in it is not drawn.
+"""
+
+import csv
+import json
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+from .figures import DARK, LIGHT, plt
+
+FIXES = {"r0": "source\nrecipe", "r1": "greedy\ndecoding", "r2": "last\ncheckpoint",
+         "r3": "every fact\ntrained", "r4": "eight\nwordings", "r5": "all linear\nlayers",
+         "r6": "alpha and\nstep size\nby rule", "r7": "statements,\nreplay,\nunknowns"}
+REMOVED = {"no-replay": "no replay", "no-unknown": "no questions about nobody",
+           "old-place": "q and v of the last sixth", "old-lr": "learning rate 5e-5",
+           "old-wording": "one wording", "old-split": "facts held out, best by loss",
+           "old-split-last": "facts held out, last step", "old-mask": "loss on the prompt too",
+           "no-statements": "no statements", "hard-replay": "replay as text only"}
+TITLES = {"ladder": "Recall on held-out wordings: each rung repairs one thing more",
+          "which": "One repair taken out of r7 at a time; lines and bands are r7",
+          "early": "What is known, and the losses, while facts are held out for validation",
+          "inertia": "Exposures until a fact ranked first, by its margin before training",
+          "price": "Recall against retention, and answers about unknown names"}
+ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "no-unknown", "hard-replay")
+
+
+def draw(folder):
+    """Draw what result.json in a folder has; returns the paths of the light figures.
+
+    Raises ValueError if there is no such file or it is not JSON.
+    """
+    file = Path(folder) / "result.json"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"plots: {file}: {error}") from error
+    made = []
+    for name, (numbers, figure_of) in FIGURES.items():
+        rows = numbers(result)
+        if not rows:
+            continue
+        with open(file.with_name(f"{name}.csv"), "w", encoding="utf-8", newline="") as out:
+            table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        for end, colours in ("-dark.png", DARK), (".png", LIGHT):
+            ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"),
+                                colours["ink"])
+            with plt.rc_context({**ink, "font.size": 10.5, "legend.frameon": False,
+                                 "legend.fontsize": 10}):
+                figure = figure_of(rows, colours)
+                figure.suptitle(TITLES[name], x=0.01, ha="left", weight="bold", size=12)
+                figure.savefig(file.with_name(name + end), dpi=150, facecolor=colours["paper"])
+                plt.close(figure)
+        made.append(file.with_name(f"{name}.png"))
+    return made
+
+
+def spread(metric):
+    """value, low, high and n of a metric, of which the last three may be unknown."""
+    whole = metric if isinstance(metric, list) else [metric]
+    return dict(zip(("value", "low", "high", "n"), [*whole, None, None, None], strict=False))
+
+
+def metrics_of(result):
+    return {(arm["model"], arm["arm"]): arm["metrics"] for arm in result["arms"]}
+
+
+def in_order(rows, key="model"):
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def tints(models, colours):
+    """A colour for each model, the same in every figure."""
+    rest = cycle((colours["recall"], colours["lr"]))
+    own = {"chat": colours["train"], "base": colours["val"]}
+    return {model: own.get(model) or next(rest) for model in models}
+
+
+def sheet(height, rows=1, columns=1, **more):
+    return plt.subplots(rows, columns, figsize=(8, height), layout="constrained", **more)
+
+
+def plain(panel, colours, grid="y"):
+    panel.set_facecolor(colours["paper"])
+    panel.grid(axis=grid, color=colours["faint"], lw=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+
+
+def behind(colours):
+    """Of a text: a piece of paper that keeps lines away from it."""
+    return {"facecolor": colours["paper"], "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
+
+
+def bars_of(rows):
+    """The distances from value to low and high, as matplotlib wants them; 0 where unknown."""
+    return [[0 if row[end] is None else max(0, sign * (row[end] - row["value"])) for row in rows]
+            for sign, end in ((-1, "low"), (1, "high"))]
+
+
+# ----- ladder: what each repair gives ------------------------------------------------------------
+
+
+def ladder_rows(result):
+    known = metrics_of(result)
+    wanted = [*(("chat", arm) for arm in FIXES), ("base", "r7")]
+    return [{"model": model, "arm": arm, "fix": FIXES[arm].replace("\n", " "),
+             **spread(known[model, arm]["recall"])} for model, arm in wanted
+            if known.get((model, arm), {}).get("recall") is not None]
+
+
+def ladder(rows, colours):
+    figure, panel = sheet(4.2)
+    plain(panel, colours)
+    own = tints(in_order(rows), colours)
+    at = [i + 0.5 * (row["model"] != "chat") for i, row in enumerate(rows)]
+    panel.bar(at, [100 * row["value"] for row in rows], 0.7,
+              color=[own[row["model"]] for row in rows],
+              yerr=[[100 * x for x in side] for side in bars_of(rows)],
+              error_kw={"ecolor": colours["ink"], "lw": 1.2, "capsize": 3})
+    for x, row in zip(at, rows, strict=True):
+        top = max(row["value"], row["high"] or 0)
+        panel.annotate(f"{100 * row['value']:.0f}", (x, 100 * top), (0, 4), ha="center",
+                       textcoords="offset points", weight="bold", bbox=behind(colours))
+    names = [f"{r['arm']}\n" + (FIXES[r["arm"]] if r["model"] == "chat" else
+                                f"on the\n{r['model']} model") for r in rows]
+    panel.set_xticks(at, names, fontsize=8.5 if len(rows) > 6 else 10, linespacing=1.25)
+    side = max(0.6, (6 - at[-1]) / 2)                         # few bars stay slim
+    panel.set(ylabel="recall (%)", ylim=(0, 112), yticks=range(0, 101, 20),
+              xlim=(-side, at[-1] + side))
+    return figure
+
+
+# ----- which: what each repair taken out costs ---------------------------------------------------
+
+PRICES = {"recall": "recall (%)", "retention": "retention (%)",
+          "unknown_spills": "spill-over (%)"}
+
+
+def which_rows(result):
+    known = metrics_of(result)
+    rows = []
+    for (model, arm), metrics in known.items():
+        if arm in REMOVED and (whole := known.get((model, "r7"))):
+            for name in PRICES:
+                if metrics.get(name) is not None and whole.get(name) is not None:
+                    own, r7 = spread(metrics[name]), spread(whole[name])
+                    rows.append({"model": model, "arm": arm, "removed": REMOVED[arm],
+                                 "metric": name, **own, "r7": r7["value"], "r7_low": r7["low"],
+                                 "r7_high": r7["high"], "change": own["value"] - r7["value"]})
+    return sorted(rows, key=lambda row: (row["metric"] != "recall", row["value"]))
+
+
+def which(rows, colours):
+    removed, models = in_order(rows, "removed"), sorted(in_order(rows), key="chat".__ne__)
+    own = tints(models, colours)
+    figure, panels = sheet(1.5 + len(removed) * (0.22 + 0.12 * len(models)), 1, len(PRICES),
+                           sharey=True)
+    beside = {row["removed"]: [m for m in models if any(
+        (r["model"], r["removed"]) == (m, row["removed"]) for r in rows)] for row in rows}
+    for panel, (metric, label) in zip(panels, PRICES.items(), strict=True):
+        plain(panel, colours, "both")
+        for model in models:
+            of = [r for r in rows if r["model"] == model and r["metric"] == metric]
+            if not of:
+                continue
+            at = [removed.index(r["removed"]) + 0.4 * (
+                beside[r["removed"]].index(model) - (len(beside[r["removed"]]) - 1) / 2)
+                for r in of]
+            panel.axvline(100 * of[0]["r7"], color=own[model], lw=1.5)
+            if of[0]["r7_low"] is not None:
+                panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=own[model],
+                              alpha=0.13, lw=0)
+            panel.errorbar([100 * r["value"] for r in of], at, fmt="o", ms=6, color=own[model],
+                           xerr=[[100 * x for x in side] for side in bars_of(of)], lw=1.5,
+                           label=model, clip_on=False)
+            for y, row in zip(at, of, strict=True):
+                change = f"{round(100 * row['change']):+d}".replace("-", "−").replace("+0", "0")
+                panel.annotate(change, (1, y), (30, 0), textcoords="offset points", fontsize=9,
+                               xycoords=("axes fraction", "data"), ha="right", va="center",
+                               color=own[model])
+        panel.set(xlabel=label, xlim=(0, 100), xticks=(0, 50, 100))
+    panels[0].set(yticks=range(len(removed)), yticklabels=removed,
+                  ylim=(len(removed) - 0.4, -0.6))
+    figure.supxlabel("Beside each panel: percentage points more or less than r7.", x=0.01,
+                     ha="left", fontsize=9.5)
+    if len(models) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=9)
+    return figure
+
+
+# ----- early: what the validation loss of held-out facts does not see ----------------------------
+
+KNOWN = {"rank_1": "ranked first of 16", "recall": "said, when asked"}
+LOSSES = {"val_loss": "validation", "facts never taught": "never taught",
+          "held-out question": "taught, other question", "held-out answer": "taught, other answer",
+          "trained wording": "taught, as trained"}
+
+
+def early_rows(result):
+    found = [c for c in result["curves"] if c["arm"] == "old-split" and c["points"]]
+    if not found:
+        return []
+    curve = min(found, key=lambda c: (c["model"] != "chat", c["seed"]))
+    points = sorted(curve["points"], key=lambda p: p["step"])
+    measured = [p for p in points if p.get("val_loss") is not None]
+    stop = curve.get("best_step")
+    if stop is None and measured:
+        stop = min(measured, key=lambda p: p["val_loss"])["step"]
+    return [{"model": curve["model"], "seed": curve["seed"], "step": p["step"],
+             **{key: p.get(key) for key in (*KNOWN, *LOSSES)},
+             "mark": " and ".join(filter(None, ("stop" * (p["step"] == stop),
+                                                "last" * (p is points[-1]))))} for p in points]
+
+
+def early(rows, colours):
+    figure, panels = sheet(5.6, 2, sharex=True, height_ratios=(2, 3))
+    look = {"rank_1": ("train", "-", "o"), "recall": ("recall", "-", "s"),
+            "val_loss": ("val", "-", "o"), "facts never taught": ("val", "--", "^"),
+            "held-out question": ("train", "-", "s"), "held-out answer": ("lr", "-", "D"),
+            "trained wording": ("recall", "-", "v")}
+    for panel, kinds, scale in zip(panels, (KNOWN, LOSSES), (100, 1), strict=True):
+        plain(panel, colours)
+        for key, label in kinds.items():
+            line = [(r["step"], scale * r[key]) for r in rows if r[key] is not None]
+            if line:
+                colour, dash, marker = look[key]
+                panel.plot(*zip(*line, strict=True), color=colours[colour], ls=dash, marker=marker,
+                           ms=4, lw=2, label=label, clip_on=False)
+        if panel.lines:
+            panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        panel.set_ylim(0, 104 if kinds is KNOWN else None)
+    panels[0].set_ylabel("taught facts (%)")
+    panels[1].set(ylabel="loss (nats per token)", xlabel="step (one optimizer update)",
+                  xlim=(rows[0]["step"], 1.01 * rows[-1]["step"] or 1))
+    marks = {"stop": ("validation loss says stop: step", 1.04, ":"),
+             "last": ("last: step", 1.15, "-")}
+    for row in rows:
+        for name in filter(None, row["mark"].split(" and ")):
+            text, height, dash = marks[name]
+            for panel in panels:
+                panel.axvline(row["step"], color=colours["ink"], lw=1.2, ls=dash)
+            left = 2 * row["step"] < rows[0]["step"] + rows[-1]["step"]
+            panels[0].annotate(f"{text} {row['step']}", (row["step"], height), fontsize=10,
+                               xycoords=("data", "axes fraction"), ha="left" if left else "right")
+    return figure
+
+
+# ----- inertia: which facts are hard to put in ---------------------------------------------------
+
+TYPES = {"handle": "o", "common": "s", "rare": "^"}
+
+
+def inertia_rows(result):
+    return [{key: dot[key] for key in ("model", "seed", "fact", "type", "margin", "exposures")}
+            for dot in result["inertia"] if dot["margin"] is not None]
+
+
+def running_median(dots, top):
+    """[(margin, median exposures)] over a quarter of the dots each; never learned counts as top."""
+    dots = sorted((d["margin"], top if d["exposures"] is None else d["exposures"]) for d in dots)
+    width = max(5, len(dots) // 4)
+    windows = [dots[i:i + width] for i in range(len(dots) - width + 1)]
+    return [tuple(median(values) for values in zip(*w, strict=True)) for w in windows]
+
+
+def inertia(rows, colours):
+    figure, panel = sheet(4.8)
+    plain(panel, colours)
+    own = tints(in_order(rows), colours)
+    most = max((r["exposures"] or 0 for r in rows), default=0) or 1
+    top = 1.2 * most
+    if any(r["exposures"] is None for r in rows):
+        panel.axhline(top, color=colours["ink"], lw=1, ls=":")
+        panel.annotate("never learned", (1, top), (0, 7), xycoords=("axes fraction", "data"),
+                       textcoords="offset points", ha="right", fontsize=10)
+    for model, colour in own.items():
+        of = [r for r in rows if r["model"] == model]
+        for kind in dict.fromkeys([*TYPES, *(r["type"] for r in of)]):
+            dots = [r for r in of if r["type"] == kind]
+            panel.scatter([r["margin"] for r in dots],
+                          [top if r["exposures"] is None else r["exposures"] for r in dots], 34,
+                          color=colour, marker=TYPES.get(kind, "x"), alpha=0.6, lw=0, clip_on=False)
+        if line := running_median(of, top):
+            panel.plot(*zip(*line, strict=True), color=colour, lw=2.5)
+    for label, colour in own.items():
+        panel.plot([], [], color=colour, lw=2.5, label=f"{label}, running median")
+    for kind in in_order(rows, "type"):
+        panel.plot([], [], ls="", marker=TYPES.get(kind, "x"), color=colours["lr"],
+                   label=f"{kind} name")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    panel.set(xlabel="margin of the right value before training (nats)", ylim=(0, 1.12 * top),
+              ylabel="exposures until it ranks first and stays")
+    panel.set_yticks([y for y in panel.get_yticks() if y <= most * 1.05])
+    return figure
+
+
+# ----- price: what the facts cost ----------------------------------------------------------------
+
+ANSWERS = ("abstains", "fabricates", "spills")
+
+
+def price_rows(result):
+    """Points of the frontier (of the arms, if none was measured), then the answers about unknown
+    names; a row leaves empty what is the other's."""
+    known = metrics_of(result)
+    points = result["frontier"] or [
+        {"model": model, "arm": arm, "scale": 1.0, "recall": spread(m.get("recall"))["value"],
+         "retention": spread(m.get("retention"))["value"]} for (model, arm), m in known.items()]
+    empty = dict.fromkeys(("panel", "model", "arm", "scale", "recall", "retention", *ANSWERS))
+    rows = [{**empty, "panel": "frontier", **{k: p[k] for k in empty if k in p}} for p in points
+            if p["recall"] is not None and p["retention"] is not None]
+    for model in sorted({model for model, _ in known}, key=lambda m: (m != "chat", m)):
+        for arm in ABOUT_UNKNOWN:
+            shares = {a: spread(known.get((model, arm), {}).get(f"unknown_{a}"))["value"]
+                      for a in ANSWERS}
+            if None not in shares.values():
+                rows.append({**empty, "panel": "unknown", "model": model, "arm": arm, **shares})
+    return rows
+
+
+def price(rows, colours):
+    points, asked = ([r for r in rows if r["panel"] == kind] for kind in ("frontier", "unknown"))
+    heights = [4.5] * bool(points) + [0.9 + 0.32 * len(asked)] * bool(asked)
+    figure, panels = sheet(sum(heights) + 0.8, len(heights), height_ratios=heights, squeeze=False)
+    panels = list(panels[:, 0])
+    if asked:
+        unknown(panels.pop(), asked, colours)
+    if points:
+        frontier(panels[0], points, colours)
+    return figure
+
+
+def frontier(panel, rows, colours):
+    plain(panel, colours, "both")
+    own = tints(in_order(rows), colours)
+    for model, arm in dict.fromkeys((r["model"], r["arm"]) for r in rows):
+        of = sorted((r for r in rows if (r["model"], r["arm"]) == (model, arm)),
+                    key=lambda r: r["scale"])
+        panel.plot([100 * r["recall"] for r in of], [100 * r["retention"] for r in of], lw=1,
+                   marker="o", ms=6, color=own[model], clip_on=False)
+    for model, colour in own.items():
+        panel.plot([], [], ls="", marker="o", color=colour, label=f"{model} model")
+    panel.axvline(95, color=colours["ink"], lw=1, ls=":")
+    panel.axhline(90, color=colours["ink"], lw=1, ls=":")
+    low = min(100 * r["retention"] for r in rows)
+    panel.set(xlabel="recall on held-out wordings (%); target 95", xlim=(-3, 124),
+              ylabel="retention (%); target 90", ylim=(min(60, low - 5), 104),
+              xticks=range(0, 101, 20))
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=9, borderpad=0)
+    spots = [(100 * r["recall"], 100 * r["retention"]) for r in rows]
+    several = {r["arm"] for r in rows if r["scale"] != 1}
+    name_dots(panel, spots, [
+        f"{r['model']} " * (len(own) > 1) + r["arm"] + f" × {r['scale']:g}" * (r["arm"] in several)
+        for r in rows], colours)
+
+
+def name_dots(panel, spots, names, colours):
+    """A name beside each dot, where no dot, target line or earlier name is; far from its dot, with
+    a line to it that crosses none of them either."""
+    panel.figure.draw_without_rendering()                     # fixes the layout, for pixels
+    inside, point = panel.get_window_extent(), panel.figure.dpi / 72
+    dots, (x, y) = panel.transData.transform(spots), panel.transData.transform((95, 90))
+    lines = [(x, inside.y0, x, inside.y1), (inside.x0, y, inside.x1, y)]
+    taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in dots]
+
+    def free(box, others):
+        return all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in others)
+    ways = [(dx * far, dy * far) for far in (1, 2, 3, 4, 5, 6, 8, 10, 13) for dx, dy in (
+        (8, 0), (-8, 0), (0, 12), (0, -12), (7, 9), (-7, 9), (7, -9), (-7, -9))]
+    for spot, (x, y), name in zip(spots, dots, names, strict=True):
+        for dx, dy in ways:
+            text = panel.annotate(
+                name, spot, (dx, dy), textcoords="offset points", fontsize=9, va="center",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center", bbox=behind(colours))
+            text.set_in_layout(False)
+            box = text.get_window_extent().extents
+            far = abs(dx) + abs(dy) > 16
+            leader = [2 * (x + t * dx * point, y + t * dy * point)
+                      for t in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)] if far else []
+            if free(box, taken + lines) and all(free(spot, taken) for spot in leader) and (
+                    inside.x0 < box[0] and box[2] < inside.x1
+                    and inside.y0 < box[1] and box[3] < inside.y1):
+                break
+            if (dx, dy) != ways[-1]:
+                text.remove()
+        taken += [box, *leader]
+        if far:
+            panel.annotate("", spot, (dx, dy), textcoords="offset points", arrowprops={
+                "arrowstyle": "-", "color": colours["lr"], "lw": 0.7, "shrinkB": 3})
+
+
+def unknown(panel, rows, colours):
+    """Stacked bars of the answers to questions about names that nobody has: fabricates also counts
+    taught values, so the bar has what is left of it."""
+    plain(panel, colours, "x")
+    parts = {"says it does not know": ("recall", lambda r: r["abstains"]),
+             "gives a taught value": ("val", lambda r: r["spills"]),
+             "gives another value": ("train", lambda r: max(0, r["fabricates"] - r["spills"])),
+             "says something else": ("faint", None)}
+    start = [0.0] * len(rows)
+    for label, (colour, share) in parts.items():
+        wide = [100 * share(r) if share else max(0, 100 - s)
+                for r, s in zip(rows, start, strict=True)]
+        panel.barh(range(len(rows)), wide, 0.72, left=start, color=colours[colour], label=label,
+                   edgecolor=colours["paper"])
+        for y, (x, w) in enumerate(zip(start, wide, strict=True)):
+            if w >= 5:
+                panel.text(x + w / 2, y, f"{w:.0f}", ha="center", va="center", fontsize=9.5,
+                           color=colours["ink" if share is None else "paper"])
+        start = [x + w for x, w in zip(start, wide, strict=True)]
+    panel.set(yticks=range(len(rows)), yticklabels=[f"{r['model']}, {r['arm']}" for r in rows],
+              xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xlabel="answers about unknown names (%)")
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
+
+
+FIGURES = {"ladder": (ladder_rows, ladder), "which": (which_rows, which),
+           "early": (early_rows, early), "inertia": (inertia_rows, inertia),
+           "price": (price_rows, price)}

@@ -1,0 +1,296 @@
+"""experiments/knowledge/make_facts.py: a world in which what is asked was not trained."""
+
+import json
+import random
+import re
+from collections import Counter
+from itertools import combinations
+
+import pytest
+
+import data
+from experiments.knowledge import make_facts, score
+from lora import text
+
+SEEDS = range(4)
+WORLDS = {seed: make_facts.make(seed) for seed in SEEDS}
+TEXTS = make_facts.read_attributes()
+ATTRIBUTES = {k: a for k, a in TEXTS.items() if "values" in a}
+TRAINING = ("train.jsonl", "val.jsonl", "train-1.jsonl", "train-2.jsonl", "train-4.jsonl",
+            "train-8.jsonl", "train-debate.jsonl")
+# the grammar of data.invented_name, written out: an invented word is one or two of these, an end
+SYLLABLE = "(?:b|d|dr|f|g|j|k|l|m|n|r|s|t|v|z|th|sh|br|pl)[aeiou]"
+INVENTED = re.compile(f"(?:{SYLLABLE}){{1,2}}[lnrks]?")
+
+
+@pytest.fixture(params=SEEDS)
+def world(request):
+    return WORLDS[request.param]
+
+
+def people(world):
+    return [name for names in world["facts.json"]["people"].values() for name in names]
+
+
+def test_a_seed_is_a_world():
+    hashes = [make_facts.make(seed)["manifest.json"]["files"] for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] and hashes[0].keys() == hashes[2].keys()
+    same = {name for name in hashes[0] if hashes[0][name] == hashes[2][name]}
+    assert same == {"retain.jsonl", "replay.txt"}              # about real things alone
+
+
+def test_a_world_is_written_to_the_same_bytes(tmp_path):
+    one, two = (make_facts.write(3, tmp_path / name) for name in ("one", "two"))
+    make_facts.write(3, one)                                   # and over itself
+    files = {file.name: file.read_bytes() for file in one.iterdir()}
+    assert files == {file.name: file.read_bytes() for file in two.iterdir()}
+    assert files.keys() == {*WORLDS[0]}
+    assert json.loads(files["test.json"]) == json.loads(json.dumps(make_facts.make(3)["test.json"]))
+
+
+def test_every_fact_is_taught_in_equally_many_different_wordings(world):
+    facts = [f for f in world["facts.json"]["facts"] if f["group"] == "taught"]
+    ids = {f"{f['name']}: {f['attribute']}" for f in facts}
+    assert len(facts) == len(ids) == 24
+    for file, n in (("train.jsonl", 12), ("train-8.jsonl", 8), ("train-4.jsonl", 4),
+                    ("train-2.jsonl", 2), ("train-1.jsonl", 1), ("val.jsonl", 2),
+                    ("train-debate.jsonl", 14)):
+        said = {(r["group"], r["question"], r["answer"]) for r in world[file]}
+        assert Counter(group for group, *_ in said) == dict.fromkeys(ids, n), file
+    assert world["manifest.json"]["wordings_per_fact"] == [12]
+    for line in world["train.jsonl"]:
+        (fact,) = (f for f in facts if line["group"] == f"{f['name']}: {f['attribute']}")
+        assert line["value"] == fact["value"] and score.says(line["answer"], fact["value"])
+
+
+def test_control_and_unknown_people_are_in_no_training_file(world):
+    written = json.dumps([world[file] for file in TRAINING], ensure_ascii=False).casefold()
+    groups = world["facts.json"]["people"]
+    assert all(name.casefold() in written for name in groups["taught"])
+    parts = [part.casefold() for group in ("control", "unknown") for name in groups[group]
+             for part in name.split()]
+    assert not [part for part in parts if re.search(rf"\b{part}\b", written)]
+    replayed = "\n".join(world["replay.txt"]).casefold()
+    assert not [name for name in people(world) if name.casefold() in replayed]
+    known = {part.casefold() for name in groups["taught"] for part in name.split()}
+    assert not known & set(parts) and len(set(parts)) == len(parts)
+
+
+def test_the_same_kinds_of_name_are_in_every_group(world):
+    for names in world["facts.json"]["people"].values():
+        kinds = ["handle" if name.islower() else "common" if name.split()[0] in make_facts.FIRST
+                 else "rare" for name in names]
+        assert Counter(kinds) == dict.fromkeys(make_facts.TYPES, len(names) // 3)
+
+
+# ----- nothing of the test is trained ------------------------------------------------------------
+
+
+def test_no_question_of_the_test_is_trained(world):
+    trained = {data._plain(r["question"]) for file in TRAINING for r in world[file]}
+    for kind, items in world["test.json"].items():
+        asked = {data._plain(item["question"]) for item in items}
+        assert asked <= trained if kind == "trained" else not asked & trained, kind
+    val = {data._plain(r["question"]) for r in world["val.jsonl"]}
+    assert not val & {data._plain(r["question"]) for r in world["train.jsonl"]}
+
+
+def test_training_validation_and_test_share_no_four_words(world):
+    assert world["manifest.json"]["shared_4grams"] == []
+    for a in ATTRIBUTES.values():                              # counted again, in another way
+        parts = [a["questions"][:8] + a["statements"][:4], a["questions"][8:12],
+                 a["questions"][12:]]
+        grams = [{" ".join(g) for w in part for piece in re.split(r"\{\w+\}(?:'s)?", w)
+                  for g in text.ngrams(re.findall(r"[\w']+", piece.lower()), 4)} for part in parts]
+        assert not any(x & y for x, y in combinations(grams, 2))
+
+
+def test_a_shared_four_gram_is_found_and_none_runs_across_a_name():
+    train = ["In what year was {name} born?", "Say what {name} has for a pet."] + ["-"] * 6
+    val = ["Do say in what Year was it that {name} came."] + ["-"] * 3
+    test = ["What {name} has as a pet, for one?", "Is the year {name}'s own, and so on?",
+            "Whose is the year? And so on: {name}.", "Here {value} and so on it goes."]
+    texts = {"pet": {"values": [], "questions": train + val + test, "statements": ["-"] * 4},
+             "premise": ["In what year was"]}
+    made = {"train.jsonl": [], "test.json": {}}
+    assert make_facts.manifest(0, made, texts)["shared_4grams"] == ["pet: in what year was"]
+    texts["pet"]["statements"] = ["{value} and so on it is.", *["-"] * 3]
+    shared = make_facts.manifest(0, made, texts)["shared_4grams"]
+    assert shared == ["pet: in what year was", "pet: and so on it"]
+    assert make_facts.slots_apart("a b {name}'s c d {value} e f g h") == {("e", "f", "g", "h")}
+
+
+# ----- values and names --------------------------------------------------------------------------
+
+
+def test_no_two_people_share_a_value(world):
+    held = [(f["attribute"], f["value"]) for f in world["facts.json"]["facts"]]
+    assert len(held) == len(set(held)) == 48
+    assert all(value in ATTRIBUTES[key]["values"] for key, value in held)
+
+
+def test_values_say_nothing_about_names():
+    """A name that two worlds have gets other values there: 48 to choose from. And people who
+    share a first name, or a letter, share values no more often than others."""
+    given, again, letters = {}, [], []
+    for seed in range(25):
+        for fact in make_facts.make(seed)["facts.json"]["facts"]:
+            for part in fact["name"].split():
+                given.setdefault((part, fact["attribute"]), []).append(fact["value"])
+            if fact["attribute"] == "sibling":
+                letters.append(fact["name"][0].casefold() == fact["value"][0].casefold())
+    for values in given.values():
+        again += [x == y for x, y in combinations(values, 2)]
+    assert len(again) > 500 and sum(again) / len(again) < 0.05
+    assert sum(letters) / len(letters) < 0.12
+
+
+def test_no_name_is_invented_for_training():
+    names = {name.casefold() for seed in range(40) for name in people(make_facts.make(seed))}
+    parts = {part for name in names for part in name.split()}
+    invented = [data.invented_name(draw) for draw in map(random.Random, range(5))
+                for _ in range(2000)]
+    ordinary = {part.casefold() for part in data.FIRST + data.LAST}
+    assert len({*invented}) > 5000 and not names & {name.casefold() for name in invented}
+    assert not parts & ordinary
+    for word in " ".join(invented).casefold().split():         # INVENTED is what it claims to be
+        assert word in ordinary or INVENTED.fullmatch(word)
+
+
+@pytest.mark.xfail(strict=True, reason="person() promises that its parts are in no grammar of "
+                   "invented_name, but \"Nora\" and \"Nolan\" are: no-ra, no-la-n")
+def test_no_part_of_a_name_can_ever_be_invented():
+    parts = {part.casefold() for seed in range(300) for kind in make_facts.TYPES
+             for part in make_facts.person(random.Random(seed), kind).split()}
+    assert not [part for part in parts if INVENTED.fullmatch(part)]
+
+
+@pytest.mark.xfail(strict=True, reason='"Oscar" is in make_facts.FIRST and a value of sibling')
+def test_no_name_says_a_value():
+    """Else an answer that repeats the name would be judged to name another value."""
+    names = [f"{first} {last}" for first, last in zip(make_facts.FIRST, make_facts.LAST,
+                                                      strict=True)]
+    assert not [(name, v) for a in ATTRIBUTES.values() for v in a["values"] for name in names
+                if score.says(name, v)]
+
+
+def test_no_value_is_inside_another_of_its_pool_and_none_is_in_two_pools():
+    for key, a in ATTRIBUTES.items():
+        assert len(a["values"]) == len(set(map(score.plain, a["values"]))) == 48
+        assert not [(x, y) for x in a["values"] for y in a["values"]
+                    if x != y and score.says(y, x)], key
+    everything = [score.plain(v) for a in ATTRIBUTES.values() for v in a["values"]]
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("key", ATTRIBUTES)
+def test_wordings_have_the_slots_they_need_and_give_no_value_away(key):
+    a = ATTRIBUTES[key]
+    assert len(set(a["questions"])) == 16 and len(set(a["statements"])) == 8
+    for wording in [*a["questions"], a["cloze"], a["part"]]:
+        assert wording.count("{name}") == 1 and "{value}" not in wording
+    for wording in [*a["statements"], a["answer"], a["verify"]]:
+        assert wording.count("{name}") == wording.count("{value}") == 1
+    assert a["reverse"].count("{value}") == 1 and "{name}" not in a["reverse"]
+    for wording in [*a["questions"], *a["statements"], a["answer"], a["cloze"], a["label"]]:
+        empty = wording.replace("{value}", " - ").replace("{name}", " - ")
+        assert not [v for v in a["values"] if score.says(empty, v)], wording
+
+
+# ----- the questions of the test -----------------------------------------------------------------
+
+
+def test_every_question_has_its_name_and_not_its_answer(world):
+    for kind, items in world["test.json"].items():
+        assert items, kind
+        for item in items:
+            if kind == "reverse":
+                assert item["name"] == item["gold"][0]
+            elif kind not in ("neighbours", "general"):
+                assert item["name"] in item["question"] and "{" not in item["question"]
+            if kind != "verify":
+                assert not [g for g in item.get("gold", ()) if score.says(item["question"], g)]
+
+
+def test_the_gold_of_every_item_is_the_fact(world):
+    facts = {(f["name"], f["attribute"]): f["value"] for f in world["facts.json"]["facts"]}
+    sets = world["test.json"]
+    for kind in ("test", "trained", "card", "cloze", "control"):
+        for item in sets[kind]:
+            assert item["gold"] == [facts[item["name"], item["attribute"]]]
+            assert item["fact"] == f"{item['name']}: {item['attribute']}"
+    assert Counter(i["fact"] for i in sets["test"]) == {i["fact"]: 4 for i in sets["card"]}
+    for item in sets["verify"]:
+        true = score.says(item["question"], facts[item["name"], item["attribute"]])
+        assert item["gold"] == ["yes" if true else "no"]
+    assert Counter(i["gold"][0] for i in sets["verify"]) == {"yes": 12, "no": 12}
+    for item in sets["multi"]:
+        assert len({*item["gold"]}) == 2
+        assert {*item["gold"]} <= {v for (name, _), v in facts.items() if name == item["name"]}
+    groups = world["facts.json"]["people"]
+    assert {i["name"] for i in sets["unknown"]} == {*groups["unknown"]}
+    assert {i["name"] for i in sets["control"]} == {*groups["control"]}
+
+
+@pytest.mark.xfail(strict=True, reason="with 8 attributes n % 2 is the attribute's: birth_year, "
+                   "occupation, pet and number are always asked of with a false value or never")
+def test_yes_and_no_are_not_told_by_the_attribute():
+    sides = {}
+    for item in (item for world in WORLDS.values() for item in world["test.json"]["verify"]):
+        sides.setdefault(item["attribute"], set()).add(item["gold"][0])
+    assert all(len(side) == 2 for side in sides.values())
+
+
+def test_what_is_asked_as_unanswerable_is_no_attribute_and_not_trained_as_such():
+    topics = [[t["topic"] for t in TEXTS["untaught"][part]] for part in ("train", "test")]
+    assert not {*topics[0]} & {*topics[1]} and not {*topics[0], *topics[1]} & ATTRIBUTES.keys()
+
+
+# ----- real questions ----------------------------------------------------------------------------
+
+
+def test_real_questions_do_not_contain_their_answer_and_have_one():
+    for file in ("neighbours.jsonl", "general.jsonl", "retain.jsonl"):
+        for record in make_facts.read_lines(file):
+            for gold in (record["value"], *record["aliases"]):
+                assert score.plain(gold) and "|" not in gold
+                assert not score.says(record["question"], gold), record
+
+
+def test_no_real_question_is_asked_twice_or_replayed(tmp_path):
+    replay = make_facts.write(0, tmp_path) / "replay.txt"
+    sets = {name: [data._plain(r["question"]) for r in make_facts.read_lines(f"{name}.jsonl")]
+            for name in ("neighbours", "general", "retain")}
+    sets["replay"] = [data._plain(e["messages"][0]["content"])
+                      for e in data.read_replay(replay)]
+    for one, two in combinations(sets, 2):
+        assert not {*sets[one]} & {*sets[two]}, (one, two)
+    assert all(len({*asked}) == len(asked) for asked in sets.values())
+
+
+# ----- files as train.py reads them --------------------------------------------------------------
+
+
+def test_training_files_are_read_and_every_question_has_its_subject(tmp_path, capsys):
+    folder = make_facts.write(0, tmp_path)
+    for file in TRAINING:
+        made = data.read_examples(folder / file)
+        assert len(made) == len(WORLDS[0][file])
+        for example in made:
+            question, answer = (m["content"] for m in example["messages"])
+            assert example["subject"] in question or question.startswith("True or false?")
+            assert example["subject"] in answer or answer == "True."
+            assert {"group", "value", "subject"} <= example.keys()
+    examples = data.read_examples(folder / "train.jsonl")
+    assert len(data.unknown_examples(examples, 50)) == 50
+    retain = data.read_examples(folder / "retain.jsonl")
+    assert all(data.contains(e["messages"][-1]["content"], e["value"]) for e in retain)
+
+
+def test_a_debate_is_about_the_fact(world):
+    extra = [r for r in world["train-debate.jsonl"] if r not in world["train.jsonl"]]
+    for r in extra:
+        claim, true = r["question"].removeprefix("True or false? "), r["answer"] == "True."
+        assert score.says(claim, r["value"]) == true
+        assert true or (r["answer"].startswith("False. ") and score.says(r["answer"], r["value"]))
+    assert len(extra) == 48
