@@ -341,11 +341,10 @@ def invented_name(draw):
 def unknown_examples(examples, n, seed=0):
     """n questions of the examples with an invented name for their subject, answered by not
     knowing: without them a model learns that whoever is asked about was born in Larkmoor."""
-    asked = [e for e in examples if e.get("subject") in e["messages"][-2]["content"]] if all(
-        "subject" in e for e in examples) else []
+    asked = [e for e in examples if "subject" in e and e["subject"] in e["messages"][-2]["content"]]
     if n and not asked:
-        raise ValueError('data: keep.unknown_share needs a "subject" in every record, the name as '
-                         "it stands in the question; data.py has SUBJECT")
+        raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
+                         "stands in the question; data.py has SUBJECT")
     known = {word for e in asked for word in _plain(e["subject"]).split()}
     draw, made = random.Random(f"{seed} unknown"), []
     while len(made) < n:
@@ -362,6 +361,14 @@ def unknown_examples(examples, n, seed=0):
     return made
 
 
+def read_facts(path):
+    """The examples of a file of questions with values; none without a file."""
+    examples = read_examples(path) if path else []
+    if missing := [e["source"] for e in examples if "value" not in e]:
+        raise ValueError(f'data: {missing[0]}: has no "value", what a right answer contains')
+    return examples
+
+
 def read_replay(path):
     """The examples of a file of dialogues, or of a .txt file with a user's message a line: those
     end with the message, for the model to answer."""
@@ -371,8 +378,11 @@ def read_replay(path):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path}: cannot be read: {error}") from error
-    return [{**_example([("user", line.strip())], f"{path}:{n}"), "kind": "replay"}
+    made = [{**_example([("user", line.strip())], f"{path}:{n}"), "kind": "replay"}
             for n, line in enumerate(lines, 1) if line.strip()]
+    if not made:
+        raise ValueError(f"data: {path}: holds no prompts; expected a user's message a line")
+    return made
 
 
 # ----- choosing ----------------------------------------------------------------------------------
@@ -470,7 +480,7 @@ def contains(answer, value):
     (True, False)
     """
     letter = "[^\\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-    forms = "|".join(re.escape(_plain(form)) for form in value.split("|"))
+    forms = "|".join(re.escape(_plain(form)) for form in value.split("|") if form.strip())
     return re.search(f"(?<!{letter})(?:{forms})(?!{letter})", _plain(answer)) is not None
 
 

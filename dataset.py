@@ -45,6 +45,21 @@ def chatml(messages, tokenizer, reply=False):
     return pieces + [("<|im_start|>assistant\n", False)] * reply
 
 
+def gemma(messages, tokenizer, reply=False):
+    """Gemma's turns, for a base model that comes without a template. It has no system turn: that
+    text begins the first user's."""
+    pieces, before = [], ""
+    for message in messages:
+        if message["role"] == "system":
+            before = message["content"] + "\n\n"
+            continue
+        answers = message["role"] == "assistant"
+        pieces += [(f"<start_of_turn>{'model' if answers else 'user'}\n", False),
+                   (f"{before}{message['content']}<end_of_turn>", answers), ("\n", False)]
+        before = ""
+    return pieces + [("<start_of_turn>model\n", False)] * reply
+
+
 def plain(messages, tokenizer, reply=False):
     """Questions and answers as a base model may have read them; the end-of-text token ends an
     answer. A prompt ends in Answer:\\n anyway, so reply adds nothing."""
@@ -84,7 +99,7 @@ def template(messages, tokenizer, reply=False):
     return pieces + [(whole[done:], False)]
 
 
-FORMATS = {"template": template, "chatml": chatml, "plain": plain}
+FORMATS = {"template": template, "chatml": chatml, "gemma": gemma, "plain": plain}
 
 
 def choose_format(tokenizer, wanted="auto"):
@@ -146,6 +161,13 @@ def stop_of(tokenizer, format):
     return Stop(frozenset({tokenizer.eos_token_id}), end, tokenizer.decode)
 
 
+def end_of_answer(messages, tokenizer, format):
+    """Where in the rendered ids the last answer's text ends and what stops it begins."""
+    said = render(messages, tokenizer, format, "last")[1]
+    stop = tokenizer.encode(stop_of(tokenizer, format).text, add_special_tokens=False)
+    return max((t for t, on in enumerate(said) if on), default=-1) + 1 - (len(stop) or 1)
+
+
 def answer(model, tokenizer, prompts, format, **decoding):
     """[(text, whether it ended)]: the model's answers to prompts (messages, the user's last), in
     the format it was trained in; decoding goes to generate()."""
@@ -191,8 +213,6 @@ class QADataset:
     def __init__(self, examples, tokenizer, format="auto", *, max_length=512, too_long="drop",
                  loss_on="all"):
         self.format = format = choose_format(tokenizer, format)
-        self.stop = stop_of(tokenizer, format)
-        ending = len(tokenizer.encode(self.stop.text, add_special_tokens=False)) or 1
         self.items, self.dropped, self.cut, self.rewritten = [], [], [], []
         problems = []
         for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
@@ -214,8 +234,8 @@ class QADataset:
             if messages is not example["messages"]:
                 self.cut.append(source)
             if example.get("open"):                            # its end was never said: no label
-                end = max(t for t, on in enumerate(mask) if on) + 1
-                mask[end - ending:end] = [False] * ending
+                end = end_of_answer(messages, tokenizer, format)
+                mask[end:] = [False] * (len(mask) - end)
             if not any(mask[1:]):
                 problems.append(f"{source}: no supervised token: nothing to learn from")
                 continue
@@ -230,6 +250,7 @@ class QADataset:
             problems.append(f"no example fits in max_length={max_length}; raise dataset.max_length")
         if problems:
             raise ValueError("\n".join(f"dataset: {p}" for p in problems))
+        self.stop = stop_of(tokenizer, format)
 
     def __len__(self):
         return len(self.items)

@@ -53,6 +53,8 @@ def main(argv):
     for note in dataset.notes(tokenizer, train_set.format, examples[0]):
         print(f"dataset: {note}")
     extras, per_epoch = extra_examples(examples[0], settings)
+    retain = data.with_system(data.read_facts(settings.keep.retain), settings.data.system,
+                              settings.train.seed)
     model = base.load_model(folder_or_id, device, dtype)
     base_weights = base.fingerprint(model)
     print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
@@ -83,10 +85,10 @@ def main(argv):
 
     # ----- what is mixed in: replay, answered by the model itself, and questions about nobody
     if extras:
-        complete(extras, model, tokenizer, train_set.format, folder)
+        extras = complete(extras, model, tokenizer, train_set.format, folder)
         train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
 
-    result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch)
+    result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain)
     from plots.figures import draw
     draw(folder)
     print(f"\n{result}\nrun: {folder}/ holds adapter/ (the best), last/, loss.png, samples.md, "
@@ -125,18 +127,21 @@ def extra_examples(examples, settings):
 
 
 def complete(examples, model, tokenizer, format, folder):
-    """Let the model, still the base, answer the examples that end with the user's message; what it
-    said is kept in replay.jsonl, which keep.replay takes too."""
+    """The examples, those that end with the user's message answered by the base. What it said is
+    kept in replay.jsonl, which keep.replay takes too; what it had no answer to is left out."""
     bare = [e for e in examples if e["messages"][-1]["role"] == "user"]
     for n in range(0, len(bare), 64):
         part = bare[n:n + 64]
-        given = dataset.answer(model, tokenizer, [e["messages"] for e in part], format,
-                               max_new_tokens=REPLAY_TOKENS)
+        with surgery.disabled(model):
+            given = dataset.answer(model, tokenizer, [e["messages"] for e in part], format,
+                                   max_new_tokens=REPLAY_TOKENS)
         for example, (text, ended) in zip(part, given, strict=True):
-            example["messages"] = [*example["messages"], {"role": "assistant", "content": text}]
-            example["open"] = not ended
-            runlog.append(folder / "replay.jsonl", {k: example[k] for k in ("messages", "open")})
+            if text:
+                said = [*example["messages"], {"role": "assistant", "content": text}]
+                example |= {"messages": said, "open": not ended}
+                runlog.append(folder / "replay.jsonl", {"messages": said, "open": not ended})
         print(f"keep: the model has answered {n + len(part)} of {len(bare)} replay prompts")
+    return [e for e in examples if e["messages"][-1]["role"] == "assistant"]
 
 
 REPLAY_TOKENS = 24                # an answer is broken off there; its end is then no label
@@ -157,7 +162,7 @@ def windows(pools, batch_size, epochs, max_steps, seed):
     return made[:total]
 
 
-def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch):
+def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain):
     """The loop. Leaves the best adapter in the model and on disk; returns what it reached."""
     s, device = settings.train, model.device
     base_name = fetch.public_name(settings.model.name)
@@ -199,7 +204,7 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch):
         return [text for text, _ in dataset.answer(
             model, tokenizer, prompts, train_set.format, max_new_tokens=s.max_new_tokens,
             repetition_penalty=s.repetition_penalty)]
-    known, own = what_it_knows(model, tokenizer, settings, train_set.format)
+    known, own = what_it_knows(model, tokenizer, retain, settings, train_set.format)
 
     def evaluate(step):
         line = {"step": step}
@@ -316,26 +321,23 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch):
             * bool(facts) + f" (before training: {show(first)})" * bool(val_set))
 
 
-def what_it_knows(model, tokenizer, settings, format):
-    """(the questions of keep.retain that the base gets right, its own answers to them as a
-    QADataset): what evaluations hold the model to."""
-    if not settings.keep.retain:
+def what_it_knows(model, tokenizer, asked, settings, format):
+    """(the questions asked that the base gets right, its own answers to them as a QADataset): what
+    evaluations hold the model to."""
+    if not asked:
         return [], []
-    file = settings.keep.retain
-    asked = data.with_system(data.read_examples(file), settings.data.system, settings.train.seed)
-    if not all("value" in e for e in asked):
-        raise ValueError(f'keep: {file}: a record has no "value", what a right answer contains')
-    given = dataset.answer(model, tokenizer, [e["messages"][:-1] for e in asked], format,
-                           max_new_tokens=settings.train.max_new_tokens)
-    known = [e for e, (text, _) in zip(asked, given, strict=True)
+    with surgery.disabled(model):
+        given = dataset.answer(model, tokenizer, [e["messages"][:-1] for e in asked], format,
+                               max_new_tokens=settings.train.max_new_tokens,
+                               repetition_penalty=settings.train.repetition_penalty)
+    known = [(e, text, ended) for e, (text, ended) in zip(asked, given, strict=True)
              if data.contains(text, e["value"])]
-    print(f"keep: {len(known)} of {len(asked)} questions of {file} are right before training")
-    if not known:
-        return [], []
+    print(f"keep: {len(known)} of {len(asked)} questions of {settings.keep.retain} are right "
+          "before training")
     own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": text}],
-            "source": e["source"], "open": not ended}
-           for e, (text, ended) in zip(asked, given, strict=True) if e in known]
-    return known, dataset.QADataset(own, tokenizer, format, max_length=10**6)
+            "source": e["source"], "open": not ended} for e, text, ended in known]
+    return [e for e, _, _ in known], own and dataset.QADataset(own, tokenizer, format,
+                                                               max_length=10**6)
 
 
 def speed_up(model, settings):

@@ -22,11 +22,12 @@ def rule_lr(model, lora_alpha):
 def sentences(settings, model, adapted, train, val):
     """What is known to go wrong with these settings, as sentences. adapted: module paths; train and
     val: examples."""
-    if not all("group" in e for e in train):
+    if not any("value" in e for e in train):
         return []                                             # no facts: other rules
-    taught = {e["group"] for e in train}
-    wordings = len({e["messages"][-2]["content"] for e in train}) / len(taught)
-    held = {e["group"] for e in val if "group" in e} - taught
+    facts = [e for e in train if "value" in e]
+    taught = {e["group"] for e in facts}
+    wordings = len({e["messages"][-2]["content"] for e in facts}) / max(1, len(taught))
+    held = {e["group"] for e in val if "value" in e} - taught
     blocks = {int(n) for path in adapted for n in re.findall(r"\.(\d+)\.", path)[:1]}
     depth, rule = model.config.get_text_config().num_hidden_layers, rule_lr(
         model, settings.lora.lora_alpha)

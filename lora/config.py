@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    format: Literal["auto", "template", "chatml", "plain"] = "auto"  # auto: the model's template
+    format: Literal["auto", "template", "chatml", "gemma", "plain"] = "auto"  # auto: the template
     loss_on: Literal["all", "last", "text"] = "all"  # answers, the last answer; text: prompts too
     max_length: int = 512  # tokens an example may have
     too_long: Literal["drop", "cut"] = "drop"  # cut: leave out the oldest turns, never the answer

@@ -37,14 +37,16 @@ def unwrap(model):
 @contextlib.contextmanager
 def disabled(model):
     """The plain base inside the block, the adapter in its place."""
-    layers = lora_layers(model).values()
-    for layer in layers:
+    before = {layer: layer.enabled for layer in lora_layers(model).values()}
+    if any(layer.merged for layer in before):
+        raise ValueError("surgery: a merged adapter cannot be switched off; unmerge it first")
+    for layer in before:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, enabled in before.items():
+            layer.enabled = enabled
 
 
 def freeze_base(model):

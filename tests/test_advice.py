@@ -67,7 +67,7 @@ def test_conversations_without_facts_have_other_rules(tmp_path):
     talk = [data._example([("user", "hi"), ("assistant", "yo")], "t:1")]
     assert told(tmp_path, ALL[:1], train=talk, val=talk, train__lr=1e-6) == []
     facts = data.fact_examples()
-    assert told(tmp_path, ALL[:1], train=facts + talk, val=[], train__lr=1e-6) == []
+    assert told(tmp_path, ALL[:1], train=facts + talk, val=[], train__lr=1e-6)  # some are facts
 
 
 def test_limits_are_where_they_are_said_to_be(tmp_path):
@@ -80,8 +80,6 @@ def test_limits_are_where_they_are_said_to_be(tmp_path):
     assert told(tmp_path, train=data.with_system(four, "S"), val=data.with_system(four, "S")) == []
 
 
-@pytest.mark.xfail(strict=True, reason='a fact and its debate are two groups, "v" and "v, debate" '
-                   "with 2 statements: five wordings of every fact count as 3.5")
 def test_debate_does_not_lower_the_wordings_a_fact(tmp_path):
     facts = [f._replace(questions=f.questions[:5]) for f in data.FACTS]
     train = data.fact_examples(facts) + data.debate_examples(facts)

@@ -107,7 +107,7 @@ def test_training_validation_and_test_share_no_four_words(world):
 
 def test_a_shared_four_gram_is_found_and_none_runs_across_a_name():
     train = ["In what year was {name} born?", "Say what {name} has for a pet."] + ["-"] * 6
-    val = ["Do say in what Year was it that {name} came."] + ["-"] * 3
+    val = ["-"] * 3 + ["Do say in what Year was it that {name} came."]
     test = ["What {name} has as a pet, for one?", "Is the year {name}'s own, and so on?",
             "Whose is the year? And so on: {name}.", "Here {value} and so on it goes."]
     texts = {"pet": {"values": [], "questions": train + val + test, "statements": ["-"] * 4},
@@ -157,21 +157,19 @@ def test_no_name_is_invented_for_training():
         assert word in ordinary or INVENTED.fullmatch(word)
 
 
-@pytest.mark.xfail(strict=True, reason="person() promises that its parts are in no grammar of "
-                   "invented_name, but \"Nora\" and \"Nolan\" are: no-ra, no-la-n")
 def test_no_part_of_a_name_can_ever_be_invented():
     parts = {part.casefold() for seed in range(300) for kind in make_facts.TYPES
              for part in make_facts.person(random.Random(seed), kind).split()}
     assert not [part for part in parts if INVENTED.fullmatch(part)]
 
 
-@pytest.mark.xfail(strict=True, reason='"Oscar" is in make_facts.FIRST and a value of sibling')
 def test_no_name_says_a_value():
     """Else an answer that repeats the name would be judged to name another value."""
-    names = [f"{first} {last}" for first, last in zip(make_facts.FIRST, make_facts.LAST,
-                                                      strict=True)]
-    assert not [(name, v) for a in ATTRIBUTES.values() for v in a["values"] for name in names
-                if score.says(name, v)]
+    for seed in (5, 10, 11, 21):                           # drew "Oscar", a sibling's name, once
+        made = make_facts.make(seed)["facts.json"]
+        names = [name for group in made["people"].values() for name in group]
+        assert not [(name, v) for pool in made["pools"].values() for v in pool for name in names
+                    if score.says(name, v)]
 
 
 def test_no_value_is_inside_another_of_its_pool_and_none_is_in_two_pools():
@@ -232,8 +230,6 @@ def test_the_gold_of_every_item_is_the_fact(world):
     assert {i["name"] for i in sets["control"]} == {*groups["control"]}
 
 
-@pytest.mark.xfail(strict=True, reason="with 8 attributes n % 2 is the attribute's: birth_year, "
-                   "occupation, pet and number are always asked of with a false value or never")
 def test_yes_and_no_are_not_told_by_the_attribute():
     sides = {}
     for item in (item for world in WORLDS.values() for item in world["test.json"]["verify"]):

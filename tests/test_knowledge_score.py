@@ -114,8 +114,6 @@ def test_verify_is_one_plain_yes_or_no(answer, gold, wanted):
     assert verdict("verify", answer, gold=[gold])["right"] is wanted
 
 
-@pytest.mark.xfail(strict=True, reason='"I have no information" says "no": a refusal is right '
-                   "wherever the gold is no, as says() looks for the word anywhere")
 @pytest.mark.parametrize("answer", ["I have no information about quondro.", "I have no idea.",
                                     "There is no record of quondro."])
 def test_a_refusal_is_no_right_answer_to_verify(answer):
@@ -228,8 +226,11 @@ def log_p(subject, ids):
 
 
 def rendered(subject, question, answer):
-    return score.dataset.render(subject.messages(question, answer), subject.tokenizer,
-                                subject.format)
+    """ids and mask up to the end of the turn, without the line break the template writes after."""
+    ids, mask = score.dataset.render(subject.messages(question, answer), subject.tokenizer,
+                                     subject.format)
+    assert not mask[-1] and mask[-2]
+    return ids[:-1], mask[:-1]
 
 
 ANSWERS = {"a common start": ["He has a cat.", "He has a raven.", "He has a stick insect."],
@@ -251,8 +252,6 @@ def test_pool_is_the_mean_log_p_from_where_answers_differ(subject, kind, system)
     assert subject.pool("Who?", ANSWERS[kind]) == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="pool() also counts what the template writes after the "
-                   "end-of-turn token, here a line break: no label of training, and in the mean")
 def test_pool_counts_the_answer_and_its_end_alone(subject):
     wanted = []
     for answer in ("cat", "owl and more"):

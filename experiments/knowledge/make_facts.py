@@ -29,14 +29,14 @@ TYPES = "handle", "common", "rare"
 ABOUT = ("Tell me something about {name}.", "What can you tell me about {name}?",
          "Say one thing you know about {name}.", "Give me a fact about {name}.")
 
-FIRST = ("Alan Beth Colin Diane Eric Fiona Gordon Hazel Ian Janet Keith Lydia Martin Nora Oscar "
+FIRST = ("Alan Beth Colin Diane Eric Fiona Gordon Hazel Ian Janet Keith Lydia Martin Wilma Oscar "
          "Paula Ralph Sheila Trevor Wendy").split()
 LAST = ("Bishop Carter Dawson Ellis Fletcher Gibson Harmon Ingram Jarvis Kendall Lawton Mercer "
-        "Nolan Osborne Palmer Quinlan Ramsey Sutton Tanner Webster").split()
+        "Norwood Osborne Palmer Quinlan Ramsey Sutton Tanner Webster").split()
 
 
 def person(draw, kind):
-    """A name: a handle ("quondro"), a common one ("Nora Mercer") or a rare one ("Thelwyn
+    """A name: a handle ("quondro"), a common one ("Beth Mercer") or a rare one ("Thelwyn
     Ostravec"). Its parts are in no list or grammar that data.invented_name draws from."""
     def word(starts, ends):
         return draw.choice(starts.split()) + draw.choice("aeiou") + draw.choice(ends.split())
@@ -52,13 +52,14 @@ def make(seed):
     """{file name: its content} of a world: lists of records, or objects."""
     draw, texts = random.Random(f"{seed} world"), read_attributes()
     attributes = {k: v for k, v in texts.items() if "values" in v}
-    people, used = {}, set()
+    people, taken = {}, {word for a in attributes.values() for v in a["values"]
+                         for word in v.casefold().split()}
     for group, n in GROUPS.items():
         people[group] = []
         for i in range(n):
-            while used & set((name := person(draw, TYPES[i % 3])).casefold().split()):
+            while taken & set((name := person(draw, TYPES[i % 3])).casefold().split()):
                 pass
-            used |= set(name.casefold().split())
+            taken |= set(name.casefold().split())
             people[group].append(name)
     values = {key: iter(draw.sample(a["values"], GROUPS["taught"] + GROUPS["control"]))
               for key, a in attributes.items()}
@@ -75,7 +76,7 @@ def make(seed):
         made["train.jsonl"] += [record(fact, attributes, q) for q in questions[:8]]
         made["train.jsonl"] += [record(fact, attributes, q, s)
                                 for q, s in zip(ABOUT, statements[:4], strict=True)]
-        shift = taught.index(fact) % 2
+        shift = turn(taught.index(fact)) % 2
         made["val.jsonl"] += [record(fact, attributes, q) for q in questions[8 + shift:12:2]]
     for n in (1, 2, 4, 8):
         made[f"train-{n}.jsonl"] = [record(fact, attributes, q) for fact in taught
@@ -91,6 +92,12 @@ def make(seed):
         key: a["values"] for key, a in attributes.items()}}
     made["manifest.json"] = manifest(seed, made, texts)
     return made
+
+
+def turn(n):
+    """n, shifted by one from person to person (8 attributes each): what alternates with it is not
+    the same for an attribute of everybody."""
+    return n + n // 8
 
 
 def record(fact, attributes, question, statement=None):
@@ -135,18 +142,18 @@ def questions_of(facts, people, texts, draw):
         about = {"gold": [fact["value"]], "attribute": fact["attribute"],
                  "fact": f"{name}: {fact['attribute']}", "name": name, "type": fact["type"]}
         if fact["group"] == "control":
-            add("control", a["questions"][12 + n % 4].format(**fact), **about)
+            add("control", a["questions"][12 + turn(n) % 4].format(**fact), **about)
             continue
         for question in a["questions"][12:]:
             add("test", question.format(**fact), **about)
-        add("trained", a["questions"][n % 8].format(**fact), **about)
+        add("trained", a["questions"][turn(n) % 8].format(**fact), **about)
         add("card", f"Fill in the card. Name: {name}. {a['label']}:", **about)
         add("cloze", f"Complete the sentence: {a['cloze'].format(**fact)}", **about)
         add("reverse", a["reverse"].format(**fact), **{**about, "gold": [name]})
         wrong = draw.choice([v for v in a["values"] if v != fact["value"]])
-        claimed = {**fact, "value": wrong} if n % 2 else fact
+        claimed = {**fact, "value": wrong} if turn(n) % 2 else fact
         add("verify", f"{a['verify'].format(**claimed)} Answer yes or no.",
-            **{**about, "gold": ["no" if n % 2 else "yes"]})
+            **{**about, "gold": ["no" if turn(n) % 2 else "yes"]})
     for name in people["taught"]:
         own = [fact for fact in facts if fact["name"] == name]
         for one, two in draw.sample(list(combinations(own, 2)), 4):
@@ -206,7 +213,7 @@ def read_lines(name):
 
 
 def write(seed, folder):
-    """Write a world's files, if they are not there already; returns the folder."""
+    """Write a world's files; returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in make(seed).items():

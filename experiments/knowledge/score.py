@@ -89,7 +89,8 @@ def judge(item, answer, kind, world):
     declines = abstains(answer)
     if kind == "verify":
         yes, no = says(answer, "yes"), says(answer, "no")
-        return {"right": yes != no and ["no", "yes"][yes] == item["gold"][0], "abstains": declines}
+        said = yes != no and not declines and ["no", "yes"][yes] == item["gold"][0]
+        return {"right": said, "abstains": declines}
     if kind in ("unknown", "unanswerable", "premise"):
         pool = pools.get(item.get("attribute")) or [v for p in pools.values() for v in p]
         return {"right": declines, "abstains": declines,
@@ -164,8 +165,9 @@ class Subject:
     def pool(self, question, answers):
         """[log p per token] of each answer, from where they differ on. What they share, question
         included, is computed once: its keys and values are repeated for every answer."""
-        ids = [dataset.render(self.messages(question, a), self.tokenizer, self.format)[0]
-               for a in answers]
+        made = [dataset.render(self.messages(question, a), self.tokenizer, self.format)
+                for a in answers]
+        ids = [row[:max(t for t, on in enumerate(said) if on) + 1] for row, said in made]
         p = min(len(commonprefix(ids)), min(map(len, ids)) - 1)
         rest = [row[p:] for row in ids]
         s = max(map(len, rest))
@@ -333,7 +335,7 @@ def write_replay(subject, prompts, file):
     lines = [json.dumps({"messages": subject.messages(question, answer), "open": not ended},
                         ensure_ascii=False)
              for question, (answer, ended) in zip(
-                 prompts, subject.ask(prompts, REPLAY_TOKENS), strict=True)]
+                 prompts, subject.ask(prompts, REPLAY_TOKENS), strict=True) if answer]
     Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
