@@ -2,6 +2,7 @@
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make persona  train the companion, verify it, compare it with its base: reports/companion
 #   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
+#   make experiment  facts into a chat and a base model, the failed recipe and ours: half an hour
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train persona friends test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -29,6 +30,10 @@ friends: .venv/run.done
 	    $(PY) train.py --config examples/friends/$$f/config.json $(ARGS) || exit 1; done
 	$(PY) -m scripts.compare --adapters runs/bram runs/juno runs/ottoline \
 	    --samples 1 --max-new-tokens 80 --open
+
+experiment: .venv/run.done
+	$(PY) -m experiments.knowledge.run $(ARGS)
+	$(PY) -m experiments.knowledge.report
 
 test: lint
 	$(PY) -m pytest -m "not slow"

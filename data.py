@@ -328,14 +328,24 @@ LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller
         "Norris Owens Parker Reed Shaw Turner Walsh").split()
 
 
-def invented_name(draw):
-    """A name nobody was taught: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun") or a nickname in
-    small letters ("dremlo")."""
+def invented_name(draw, like=""):
+    """A name nobody was taught: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun"), a nickname in
+    small letters ("dremlo"), or one that resembles another ("Mira Tonel", "Sutira Tosk"): what
+    differs has to be read to its end."""
     def word(n):
         return "".join(draw.choice("b d dr f g j k l m n r s t v z th sh br pl".split())
                        + draw.choice("aeiou") for _ in range(n)) + draw.choice(["", *"lnrks"])
-    return draw.choice((lambda: f"{draw.choice(FIRST)} {draw.choice(LAST)}", lambda: word(2),
-                        lambda: f"{word(2).title()} {word(draw.choice((1, 2))).title()}"))()
+
+    def near():
+        parts = like.split()
+        i = draw.randrange(len(parts))
+        old, half = parts[i], len(parts[i]) // 2
+        new = draw.choice((old[:half] + word(1), word(1) + old[half:].casefold(), word(2)))
+        parts[i] = new.title() if old[:1].isupper() else new
+        return " ".join(parts)
+    kinds = (lambda: f"{draw.choice(FIRST)} {draw.choice(LAST)}", lambda: word(2),
+             lambda: f"{word(2).title()} {word(draw.choice((1, 2))).title()}")
+    return draw.choice(kinds + (near, near) * bool(like))()
 
 
 def unknown_examples(examples, n, seed=0):
@@ -345,13 +355,13 @@ def unknown_examples(examples, n, seed=0):
     if n and not asked:
         raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
                          "stands in the question; data.py has SUBJECT")
-    known = {word for e in asked for word in _plain(e["subject"]).split()}
+    known = {_plain(e["subject"]) for e in examples if "subject" in e}
     draw, made = random.Random(f"{seed} unknown"), []
     while len(made) < n:
         for example in draw.sample(asked, min(len(asked), n - len(made))):
-            name = invented_name(draw)
-            while known & set(_plain(name).split()):
-                name = invented_name(draw)
+            name = invented_name(draw, example["subject"])
+            while _plain(name) in known:
+                name = invented_name(draw, example["subject"])
             before, asking, _ = (example["messages"][:-2], *example["messages"][-2:])
             question = asking["content"].replace(example["subject"], name)
             made.append({"messages": [*before, {"role": "user", "content": question},

@@ -246,6 +246,27 @@ def collect(home=HOME):
             "difference": difference(arms["arms"])}
 
 
+README = {"recall": "held-out wordings of what was taught", "recall_trained": "trained wordings",
+          "reverse": "reversed questions (who was born in ...?)",
+          "multi_right": "two facts in one question",
+          "unanswerable_abstains": "never taught about a taught person: declined",
+          "unknown_spills": "unknown names: a taught value given",
+          "retention": "real questions it got right, and still does",
+          "kl": "KL to its untouched self, nats/token"}
+
+
+def readme(result):
+    """The README's table: what result.json says, and nothing else."""
+    arms = {(a["model"], a["arm"]): a for a in result["arms"]}
+    columns = {("chat", "untouched"): "untouched", ("chat", "r0"): "the failed recipe",
+               ("chat", "r7"): "ours", ("base", "r7"): "ours, base model"}
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" + "|--:" * len(columns) + "|"]
+    for name, label in README.items():
+        lines.append(f"| {label} | " + " | ".join(
+            page.of_metric(arms[key], name) for key in columns) + " |")
+    return "\n".join(lines)
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="Collect finished cells into a report.")
     parser.add_argument("--out", default="reports/knowledge")

@@ -136,18 +136,23 @@ class Subject:
         if self.decoding == "greedy":
             return dataset.answer(self.model, self.tokenizer, prompts, self.format,
                                   max_new_tokens=tokens)
-        return [self._beam(prompt) for prompt in prompts]
+        return [said for i in range(0, len(prompts), 16)
+                for said in self._beam(prompts[i:i + 16], tokens)]
 
-    def _beam(self, prompt):
+    def _beam(self, prompts, tokens):
         """The source recipe's decoding: three beams and a repetition penalty of 1.1."""
-        ids = dataset.render(prompt, self.tokenizer, self.format, reply=True)[0]
-        stop = dataset.stop_of(self.tokenizer, self.format)
+        ids = [dataset.render(p, self.tokenizer, self.format, reply=True)[0] for p in prompts]
+        stop, t = dataset.stop_of(self.tokenizer, self.format), max(map(len, ids))
+        pad = min(stop.ids)
         made = self.model.generate(
-            torch.tensor([ids], device=self.device), num_beams=3, repetition_penalty=1.1,
-            do_sample=False, max_new_tokens=TOKENS, eos_token_id=sorted(stop.ids),
-            pad_token_id=min(stop.ids))[0, len(ids):].tolist()
-        said = self.tokenizer.decode(made, skip_special_tokens=True)
-        return said.strip(), len(made) < TOKENS
+            torch.tensor([[pad] * (t - len(row)) + row for row in ids], device=self.device),
+            attention_mask=torch.tensor([[0] * (t - len(row)) + [1] * len(row) for row in ids],
+                                        device=self.device),
+            num_beams=3, repetition_penalty=1.1, do_sample=False, max_new_tokens=tokens,
+            eos_token_id=sorted(stop.ids), pad_token_id=pad)[:, t:].tolist()
+        ends = [next((i for i, x in enumerate(row) if x in stop.ids), None) for row in made]
+        return [(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(),
+                 end is not None) for row, end in zip(made, ends, strict=True)]
 
     def batches(self, pairs, size=8):
         """Padded batches of (question, answer, whether it ended), in their order."""
@@ -264,7 +269,7 @@ def score(subject, world, sets, before=None):
     for (kind, item), (said, ended) in zip(flat, given, strict=True):
         answered[kind].append({**item, "answer": said, "ended": ended,
                                **judge(item, said, kind, world)})
-    found = ranks(subject, world) if "test" in sets else {}
+    found = ranks(subject, world) if "control" in sets else {}      # in the whole measurement
     metrics = summarise(answered, found)
     texts = (HERE / "texts.txt").read_text(encoding="utf-8").split("\n")
     metrics["perplexity"] = subject.perplexity([t for t in texts if t.strip()])
