@@ -48,8 +48,8 @@ def main(argv):
     folder_or_id = fetch.find(settings.model.name)
     tokenizer = base.load_tokenizer(folder_or_id)
     examples = data.load(**asdict(settings.data), seed=settings.train.seed)
-    val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
+    val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
     for note in dataset.notes(tokenizer, train_set.format, examples[0]):
         print(f"dataset: {note}")
     extras, per_epoch = extra_examples(examples[0], settings)

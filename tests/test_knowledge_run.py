@@ -1,0 +1,150 @@
+"""experiments/knowledge/run.py and report.py: which cells are run, once; what the report says."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from experiments.knowledge import make_facts, report, run, score
+from lora import config
+
+ARMS = run.read_arms()
+SCHEMA = json.loads((make_facts.HERE / "result.schema.json").read_text())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder in which train.py and score.py are played: a run learns everything and forgets
+    nothing. calls holds the commands."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def play(log, threads, *command):
+        calls.append([str(word) for word in command])
+        options = dict(zip(calls[-1], calls[-1][1:], strict=False))
+        if command[0] == "train.py":
+            settings = json.loads(Path(options["--config"]).read_text())
+            folder = Path("runs") / settings["train"]["run"]
+            (folder / "adapter").mkdir(parents=True, exist_ok=True)
+            (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(400))
+            (folder / "config.json").write_text(json.dumps(settings))
+            (folder / "samples.md").write_text("")
+            lines = [{"step": 0, "val_loss": 2.0, "recall": 0.0},
+                     {"step": 9, "loss": 0.1, "seconds": 30.0},
+                     {"step": 9, "val_loss": 0.1, "recall": 1.0, "best": True}]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            return
+        if "--replay" in options:
+            Path(options["--replay"]).write_text("")
+        world = Path(options["--world"])
+        facts = json.loads((world / "facts.json").read_text())
+        sets = json.loads((world / "test.json").read_text())
+        learned = "--run" in options
+        answered = {kind: [{**item, "answer": " and ".join(item["gold"]) if "gold" in item and (
+            learned or kind in score.REAL) else "I don't know.", "ended": True} for item in items]
+            for kind, items in sets.items()}
+        for kind, items in answered.items():
+            for item in items:
+                item |= score.judge(item, item["answer"], kind, facts)
+        Path(options["--out"]).write_text(json.dumps({
+            "metrics": {**score.summarise(answered, {}), "perplexity": 10.0}
+            | ({"kl": 0.1, "kl_unknown": 0.5, "perplexity_ratio": 1.0} if learned else {}),
+            "sets": answered, "ranks": {}, "scale": 1.0, "seconds": 1.0, "decoding": "greedy"}))
+    monkeypatch.setattr(run, "call", play)
+    return calls
+
+
+@pytest.mark.parametrize("model", ARMS["models"])
+@pytest.mark.parametrize("arm", ARMS["arms"])
+def test_every_arm_is_a_valid_config_for_every_model(tmp_path, model, arm):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(run.settings_of(ARMS, model, arm, 0)))
+    settings = config.load(file)
+    assert settings.model.name == ARMS["models"][model]["name"]
+    assert "{" not in file.read_text().replace("{", "", 7) or ARMS["arms"][arm]["train"] == {}
+
+
+def test_every_arm_is_in_the_full_grid_and_every_grid_is_of_arms():
+    for cells in ARMS["grids"].values():
+        for name in cells:
+            model, arm = name.split("/")
+            assert model in ARMS["models"] and arm in ARMS["arms"]
+    assert {name.split("/")[1] for name in ARMS["grids"]["full"]} == {*ARMS["arms"]}
+
+
+def test_an_arm_has_what_it_does_not_change():
+    assert ARMS["arms"]["r6"]["train"]["data.path"] == "{world}/train-8.jsonl"      # r4's
+    assert ARMS["arms"]["r6"]["train"]["train.batch_size"] == 4                     # r0's
+    old = {k: v for k, v in ARMS["arms"]["r7"]["train"].items() if k != "train.lr"}
+    assert ARMS["arms"]["old-lr"]["train"] == {**old, "train.lr": 5e-5, "train.eval_every": 96}
+
+
+def test_finished_cells_are_not_run_again_and_changed_ones_are(home, monkeypatch):
+    cells = ["--cells", "chat/r0", "chat/r2", "chat/r7", "--seeds", "0", "1", "--jobs", "1"]
+    run.main(cells)
+    assert sum(call[0] == "train.py" for call in home) == 4    # r2 is r0's last checkpoint
+    assert sum("--run" in call for call in home) == 6
+    assert sum("--replay" in call for call in home) == 1       # once a model
+    done = len(home)
+    run.main(cells)
+    assert len(home) == done
+    changed = json.loads(json.dumps(ARMS))
+    changed["arms"]["r7"]["train"]["train.max_steps"] = 5
+    monkeypatch.setattr(run, "read_arms", lambda: changed)
+    run.main(cells)
+    assert [call[0] for call in home[done:]] == ["train.py", "-m"] * 2
+
+
+def test_an_unknown_cell_is_named(home):
+    with pytest.raises(ValueError, match="no arm 'r9'; there are r0, r1"):
+        run.main(["--cells", "chat/r9"])
+
+
+def test_a_failed_training_says_where_and_the_others_are_kept(home, monkeypatch):
+    play = run.call
+
+    def fail(log, threads, *command):
+        if command[0] == "train.py" and "base" in str(command):
+            raise ValueError(f"train.py\nfailed ({log})")
+        play(log, threads, *command)
+    monkeypatch.setattr(run, "call", fail)
+    with pytest.raises(ValueError, match="knowledge-base-r7-s0.log"):
+        run.main(["--cells", "chat/r7", "base/r7", "--jobs", "1"])
+    assert (run.HOME / "cells" / "chat-r7-s0.json").exists()
+
+
+def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path):
+    run.main(["--cells", "chat/r0", "chat/r7", "base/r7", "--seeds", "0", "1", "--jobs", "2"])
+    report.main(["--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    jsonschema.validate(result, SCHEMA)
+    ours = next(a for a in result["arms"] if (a["model"], a["arm"]) == ("chat", "r7"))
+    assert ours["metrics"]["recall"] == [1, 1, 1, 48] and ours["seeds"] == [0, 1]
+    assert ours["metrics"]["retention"][0] == 1 and ours["metrics"]["kl"] == 0.1
+    assert ours["parameters"] == 100 and ours["train_seconds"] == 30
+    assert ours["exposures"] == pytest.approx(9 * 16 * 0.4 / 24)
+    holds = {claim["id"]: claim["holds"] for claim in result["claims"]}
+    assert holds["chat-learns"] and holds["retention"] and not holds["source-fails"]
+    outcome = {p["id"]: (p["measured"], p["right"]) for p in result["predictions"]}
+    assert outcome["base-chat"] == ("+0%", True) and outcome["loo-lr"] == ("not run", None)
+    table = report.readme(result)
+    assert "| 100 % [100, 100] |" in table and len(table.splitlines()) == 2 + len(report.README)
+    assert "Nobody" not in table and (tmp_path / "out" / "report.html").exists()
+
+
+def test_without_cells_the_report_says_what_to_run(home):
+    with pytest.raises(ValueError, match="run python -m experiments.knowledge.run"):
+        report.collect()
+
+
+def test_exposures_to_learn_count_from_where_a_fact_stays_first():
+    def line(step, rank):
+        return {"step": step, "ranks": {"f": {"rank": rank, "margin": -1.0, "type": "rare"}}}
+
+    def learned(*ranks_):
+        cell = {"arm": "r7-steps", "model": "chat", "seed": 0, "exposures_per_step": 0.5,
+                "trajectory": [line(10 * i, rank) for i, rank in enumerate(ranks_)]}
+        return report.inertia_of([cell])[0]["exposures"]
+    assert learned(5, 3, 1, 1) == 10 and learned(5, 1, 2, 1) == 15
+    assert learned(1, 1) == 0 and learned(5, 4, 2) is None and learned(5, 1, 2) is None
