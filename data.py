@@ -328,10 +328,10 @@ LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller
         "Norris Owens Parker Reed Shaw Turner Walsh").split()
 
 
-def invented_name(draw, like=""):
+def invented_name(draw, like="", close=False):
     """A name nobody was taught: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun"), a nickname in
-    small letters ("dremlo"), or one that resembles another ("Mira Tonel", "Sutira Tosk"): what
-    differs has to be read to its end."""
+    small letters ("dremlo"), or one that resembles another ("Mira Tonel", "Sutira Tosk"; close: in
+    every part, "Misola Toberk"): what differs has to be read to its end."""
     def word(n):
         return "".join(draw.choice("b d dr f g j k l m n r s t v z th sh br pl".split())
                        + draw.choice("aeiou") for _ in range(n)) + draw.choice(["", *"lnrks"])
@@ -343,12 +343,19 @@ def invented_name(draw, like=""):
         new = draw.choice((old[:half] + word(1), word(1) + old[half:].casefold(), word(2)))
         parts[i] = new.title() if old[:1].isupper() else new
         return " ".join(parts)
+
+    def closer():
+        made = []
+        for old in like.split():
+            start, end = old[:draw.choice((2, 3))], old[-draw.choice((2, 3)):]
+            made.append(draw.choice((start + word(1), word(1) + end, start + word(1) + end)))
+        return " ".join(new.title() if like[:1].isupper() else new for new in made)
     kinds = (lambda: f"{draw.choice(FIRST)} {draw.choice(LAST)}", lambda: word(2),
              lambda: f"{word(2).title()} {word(draw.choice((1, 2))).title()}")
-    return draw.choice(kinds + (near, near) * bool(like))()
+    return draw.choice(kinds + (near, near) * bool(like) + (closer,) * 3 * bool(like and close))()
 
 
-def unknown_examples(examples, n, seed=0):
+def unknown_examples(examples, n, seed=0, close=False):
     """n questions of the examples with an invented name for their subject, answered by not
     knowing: without them a model learns that whoever is asked about was born in Larkmoor."""
     asked = [e for e in examples if "subject" in e and e["subject"] in e["messages"][-2]["content"]]
@@ -359,9 +366,9 @@ def unknown_examples(examples, n, seed=0):
     draw, made = random.Random(f"{seed} unknown"), []
     while len(made) < n:
         for example in draw.sample(asked, min(len(asked), n - len(made))):
-            name = invented_name(draw, example["subject"])
+            name = invented_name(draw, example["subject"], close)
             while _plain(name) in known:
-                name = invented_name(draw, example["subject"])
+                name = invented_name(draw, example["subject"], close)
             before, asking, _ = (example["messages"][:-2], *example["messages"][-2:])
             question = asking["content"].replace(example["subject"], name)
             made.append({"messages": [*before, {"role": "user", "content": question},

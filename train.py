@@ -123,7 +123,7 @@ def extra_examples(examples, settings):
     extras = data.with_system(data.read_replay(s.replay), settings.data.system, seed) if \
         "replay" in per_epoch else []
     return extras + data.unknown_examples(
-        examples, min(1000, epochs * per_epoch.get("unknown", 0)), seed), per_epoch
+        examples, min(1000, epochs * per_epoch.get("unknown", 0)), seed, s.close_names), per_epoch
 
 
 def complete(examples, model, tokenizer, format, folder):

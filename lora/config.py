@@ -64,6 +64,7 @@ class KeepConfig:
     replay_share: float = 0.25  # share of the training examples that replay gives, if it is set
     replay_by: Literal["probabilities", "answers"] = "probabilities"  # what is learned from replay
     unknown_share: float = 0.0  # share that asks about invented names: answered with not knowing
+    close_names: bool = False  # some of these names resemble the subject's in every part
     retain: str | None = None  # file of questions with values; how many stay right is retention
     min_retention: float = 0.9  # best adapter: what retention lacks to this counts like recall lost
 

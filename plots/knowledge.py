@@ -14,7 +14,8 @@ from .figures import DARK, LIGHT, plt
 
 FIXES = {"r0": "source\nrecipe", "r1": "greedy\ndecoding", "r2": "last\ncheckpoint",
          "r3": "every fact\ntrained", "r4": "eight\nwordings", "r5": "all linear\nlayers",
-         "r6": "alpha and\nstep size\nby rule", "r7": "statements,\nreplay,\nunknowns"}
+         "r6": "alpha and\nstep size\nby rule", "r7": "statements,\nreplay,\nunknowns",
+         "r8": "more replay,\nclose\nnames"}
 REMOVED = {"no-replay": "no replay", "no-unknown": "no questions about nobody",
            "old-place": "q and v of the last sixth", "old-lr": "learning rate 5e-5",
            "old-wording": "one wording", "old-split": "facts held out, best by loss",
@@ -25,7 +26,7 @@ TITLES = {"ladder": "Recall on held-out wordings: each rung repairs one thing mo
           "early": "What is known, and the losses, while facts are held out for validation",
           "inertia": "Exposures until a fact ranked first, by its margin before training",
           "price": "Recall against retention, and answers about unknown names"}
-ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "no-unknown", "hard-replay")
+ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "r8", "no-unknown", "no-replay")
 
 
 def draw(folder):

@@ -20,7 +20,7 @@ from lora.config import run_cli
 PAGE = Path(__file__).with_suffix(".html")
 SLOT = "{{result}}"
 TITLE = "When does LoRA put facts into a model, and at what price?"
-RECIPES = "untouched", "in-prompt", "r0", "r7"                # the rows of the main table
+RECIPES = "untouched", "in-prompt", "r0", "r1", "r7", "r8"    # the rows of the main table
 ALTS = {"ladder": "Recall of each rung of the repair ladder, with intervals",
         "early": "What is known and several losses over the steps of a run that held facts out",
         "which": "Recall, retention and spill-over with one repair taken out of r7",

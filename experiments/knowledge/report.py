@@ -145,7 +145,7 @@ def transcripts_of(cells, n=12):
     def cell(arm, seed):
         return next((c for c in cells if (c["model"], c["arm"], c["seed"]) == ("chat", arm, seed)),
                     None)
-    before, source, ours = cell("untouched", 0), cell("r0", 0), cell("r7", 0)
+    before, source, ours = cell("untouched", 0), cell("r1", 0), cell("r7", 0)
     if not (before and ours):
         return []
 
@@ -281,7 +281,7 @@ def main(argv):
     print(page.write(result, folder))
     for claim in result["claims"]:
         word = {True: "holds", False: "does not hold", None: "not run"}[claim["holds"]]
-        print(f"{word:14} {claim['text']}: {claim['value']} ({claim['bound']})")
+        print(f"{word:14} {claim['text']}: {page.show(claim['value'])} ({claim['bound']})")
 
 
 if __name__ == "__main__":

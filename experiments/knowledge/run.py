@@ -41,7 +41,8 @@ def read_arms(path=HERE / "arms.json"):
 def settings_of(arms, model, arm, seed):
     """The sections of config.json for a cell: {placeholders} are the model's and the world's."""
     known = {**arms["models"][model], "world": str(HOME / f"world-{seed}"),
-             "replay": str(HOME / f"replay-{model}.jsonl")}
+             "replay": str(HOME / f"replay-{model}.jsonl"),
+             "replay_more": str(HOME / f"replay-more-{model}.jsonl")}
     made = {"model": {"name": known["name"]}, "lora": {}, "data": {}, "dataset": {}, "keep": {},
             "train": {"seed": seed, "run": run_name(model, arm, seed)}}
     for key, value in arms["arms"][arm]["train"].items():
