@@ -486,19 +486,17 @@ def test_unknown_examples_ask_the_same_about_nobody_and_do_not_know():
         (name,) = (n for u in data.UNKNOWN for n in [answer.removeprefix(u.partition("{}")[0])
                    .removesuffix(u.partition("{}")[2])] if u.format(n) == answer)
         assert system == "Be brief." and name in question and "a:9" not in e["source"]
-        assert not {"mira", "tosk", "dremlo"} & set(question.casefold().split())
+        assert "Mira Tosk" not in question and not question.startswith("Is dremlo's")
     sources = [e["source"] for e in made]
     assert {sources.count(s) for s in sources} == {10}         # every wording as often
     assert asked[0]["messages"][1]["content"] == "Where is Mira Tosk?"    # untouched
 
 
 def test_names_of_the_taught_are_never_invented():
-    everyone = [f"{first} {last}" for first, last in zip(data.FIRST[1:], data.LAST[1:],
-                                                         strict=True)]
+    everyone = [f"{first} {last}" for first in data.FIRST for last in data.LAST][1:]
     asked = [e for name in everyone for e in about(name, "Who is {}?")]
-    said = " ".join(e["messages"][0]["content"] for e in data.unknown_examples(asked, 400))
-    assert not set(data.FIRST[1:] + data.LAST[1:]) & set(said.replace("?", "").split())
-    assert "Anna Adams" in said
+    made = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(asked, 1000)]
+    assert not {*everyone} & {*made} and f"{data.FIRST[0]} {data.LAST[0]}" in made
 
 
 def test_unknown_examples_need_a_subject():
@@ -538,3 +536,16 @@ def test_replay_is_a_prompt_a_line_or_dialogues(tmp_path):
     for file in ("none.txt", "bad.txt", "none.jsonl"):
         with pytest.raises(ValueError, match=f"data: .*{file}.*(cannot be read|not UTF-8)"):
             data.read_replay(tmp_path / file)
+
+
+def test_close_names_resemble_the_subject_in_every_part_and_are_never_it():
+    facts = about("Mira Tosk", "Who is {}?") * 200
+    made = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(facts, 200, close=True)]
+    far = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(facts, 200)]
+
+    def resembles(name):
+        parts = name.casefold().split()
+        return len(parts) == 2 and all(new[:2] == old[:2] or new[-2:] == old[-2:]
+                                       for new, old in zip(parts, ("mira", "tosk"), strict=True))
+    assert sum(map(resembles, made)) > 1.3 * sum(map(resembles, far)) > 0
+    assert "Mira Tosk" not in made + far
