@@ -493,10 +493,10 @@ def test_unknown_examples_ask_the_same_about_nobody_and_do_not_know():
 
 
 def test_names_of_the_taught_are_never_invented():
-    everyone = [f"{first} {last}" for first in data.FIRST for last in data.LAST][1:]
+    everyone = [f"{first} {last}" for first in data.FIRST for last in data.LAST]
     asked = [e for name in everyone for e in about(name, "Who is {}?")]
     made = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(asked, 1000)]
-    assert not {*everyone} & {*made} and f"{data.FIRST[0]} {data.LAST[0]}" in made
+    assert not {*everyone} & {*made} and len({*made}) > 500
 
 
 def test_unknown_examples_need_a_subject():
@@ -540,8 +540,8 @@ def test_replay_is_a_prompt_a_line_or_dialogues(tmp_path):
 
 def test_close_names_resemble_the_subject_in_every_part_and_are_never_it():
     facts = about("Mira Tosk", "Who is {}?") * 200
-    made = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(facts, 200, close=True)]
-    far = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(facts, 200)]
+    made, far = ([e["messages"][0]["content"][7:-1] for e in data.unknown_examples(
+        facts, 200, close=close)] for close in (True, False))
 
     def resembles(name):
         parts = name.casefold().split()
