@@ -35,8 +35,8 @@ def home(tmp_path, monkeypatch):
                      {"step": 9, "val_loss": 0.1, "recall": 1.0, "best": True}]
             (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
             return
-        if "--replay" in options:
-            Path(options["--replay"]).write_text("")
+        if "experiments.knowledge.replay" in options:
+            return Path(options["--out"]).write_text("")
         world = Path(options["--world"])
         facts = json.loads((world / "facts.json").read_text())
         sets = json.loads((world / "test.json").read_text())
@@ -85,7 +85,7 @@ def test_finished_cells_are_not_run_again_and_changed_ones_are(home, monkeypatch
     run.main(cells)
     assert sum(call[0] == "train.py" for call in home) == 4    # r2 is r0's last checkpoint
     assert sum("--run" in call for call in home) == 6
-    assert sum("--replay" in call for call in home) == 1       # once a model
+    assert sum("experiments.knowledge.replay" in call for call in home) == 1      # once a model
     done = len(home)
     run.main(cells)
     assert len(home) == done

@@ -41,8 +41,7 @@ def read_arms(path=HERE / "arms.json"):
 def settings_of(arms, model, arm, seed):
     """The sections of config.json for a cell: {placeholders} are the model's and the world's."""
     known = {**arms["models"][model], "world": str(HOME / f"world-{seed}"),
-             "replay": str(HOME / f"replay-{model}.jsonl"),
-             "replay_more": str(HOME / f"replay-more-{model}.jsonl")}
+             **{slot: str(replay_file(slot, model)) for slot in ("replay", "replay_more")}}
     made = {"model": {"name": known["name"]}, "lora": {}, "data": {}, "dataset": {}, "keep": {},
             "train": {"seed": seed, "run": run_name(model, arm, seed)}}
     for key, value in arms["arms"][arm]["train"].items():
@@ -85,16 +84,28 @@ def call(log, threads, *command):
 
 
 SCORE = "-m", "experiments.knowledge.score"
+BEFORE = "test,card,reverse,multi,unknown,unanswerable,neighbours,general"
 
 
-def prepare(model, arms, threads):
-    """The untouched model's scores and its answers to the replay prompts, once a model."""
-    scores, replay = HOME / f"base-{model}.json", HOME / f"replay-{model}.jsonl"
-    if not (scores.exists() and replay.exists()):
-        call(HOME / "logs" / f"base-{model}.log", threads, *SCORE, "--model",
-             arms["models"][model]["name"], "--world", HOME / "world-0", "--out", scores,
-             "--replay", replay)
-    return scores
+def prepare(model, arms, wanted, threads):
+    """The untouched model's scores and its answers to the prompts that the wanted arms replay, once
+    a model. replay_more has the prompts of replay and more."""
+    name, log = arms["models"][model]["name"], HOME / "logs" / f"base-{model}.log"
+    scores, prompts = HOME / f"base-{model}.json", [HOME / "world-0" / "replay.txt"]
+    if not scores.exists():
+        call(log, threads, *SCORE, "--model", name, "--world", HOME / "world-0", "--out", scores,
+             "--sets", BEFORE)
+    for slot, files in (("replay", prompts), ("replay_more", [*prompts, HERE / "replay_more.txt"])):
+        file = replay_file(slot, model)
+        trained = {arms["arms"][arm].get("trained", arm) for own, arm, _ in wanted if own == model}
+        if not file.exists() and any(f"{{{slot}}}" in arms["arms"][arm]["train"].values()
+                                     for arm in trained):
+            call(log, threads, "-m", "experiments.knowledge.replay", "--model", name, "--out", file,
+                 "--prompts", *files)
+
+
+def replay_file(slot, model):
+    return HOME / f"{slot.replace('_', '-')}-{model}.jsonl"
 
 
 def is_trained(sections):
@@ -179,7 +190,8 @@ def main(argv):
                       + (f"{seconds / 60:.1f} minutes" if seconds else "was finished"))
             bar.update()
     with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(lambda model: prepare(model, arms, threads), {m: 0 for m, _, _ in wanted}))
+        list(pool.map(lambda model: prepare(model, arms, wanted, threads),
+                      dict.fromkeys(model for model, _, _ in wanted)))
         list(pool.map(work, chains.values()))
     bar.close()
 

@@ -30,7 +30,7 @@ from lora import adapter, base, fetch, loss, meter, runlog, surgery, text
 from lora.config import run_cli
 
 HERE = Path(__file__).parent
-TOKENS, REPLAY_TOKENS = 32, 24    # an answer may have
+TOKENS = 32                       # an answer may have
 KL_PROMPTS = 48                   # of the general ones, and of those about unknown names
 REAL = "neighbours", "general"
 
@@ -334,16 +334,6 @@ def summarise(answered, found):
     return made
 
 
-def write_replay(subject, prompts, file):
-    """The model's own answers to a file of prompts, as keep.replay reads them."""
-    prompts = Path(prompts).read_text(encoding="utf-8").splitlines()
-    lines = [json.dumps({"messages": subject.messages(question, answer), "open": not ended},
-                        ensure_ascii=False)
-             for question, (answer, ended) in zip(
-                 prompts, subject.ask(prompts, REPLAY_TOKENS), strict=True) if answer]
-    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def in_prompt(world):
     """The taught facts as a system prompt: what no training costs."""
     attributes = read_attributes()
@@ -360,7 +350,6 @@ def main(argv):
     parser.add_argument("--base", help="the untouched model's scores, for retention and KL")
     parser.add_argument("--out", required=True)
     parser.add_argument("--adapter", default="adapter", help="or last")
-    parser.add_argument("--replay", help="write the answers to replay.txt there, for training")
     parser.add_argument("--sets", help="only these, comma-separated")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
     parser.add_argument("--decoding", choices=("greedy", "beam"), default="greedy")
@@ -378,8 +367,6 @@ def main(argv):
                       run and run.adapter, asked.scale, asked.decoding)
     if asked.in_prompt:
         subject.system = in_prompt(world)
-    if asked.replay:
-        write_replay(subject, Path(asked.world) / "replay.txt", asked.replay)
     before = json.loads(Path(asked.base).read_text(encoding="utf-8")) if asked.base else None
     made = score(subject, world, sets, before)
     if asked.steps:
