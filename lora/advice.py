@@ -33,7 +33,7 @@ def sentences(settings, model, adapted, train, val):
         model, settings.lora.lora_alpha)
     found = [
         (held, f"validation asks about {len(held)} facts that no training example teaches. Their "
-               "loss cannot tell when the others are learned, it soon rises: hold out wordings "
+               "loss cannot tell when the others are learned: hold out wordings "
                "(data.split_by=wording)"),
         (settings.train.best_by == "loss", "the best adapter is chosen by validation loss, which "
          "follows wording; recall is what is wanted (train.best_by=recall)"),

@@ -77,7 +77,8 @@ def test_an_arm_has_what_it_does_not_change():
     assert ARMS["arms"]["r6"]["train"]["data.path"] == "{world}/train-8.jsonl"      # r4's
     assert ARMS["arms"]["r6"]["train"]["train.batch_size"] == 4                     # r0's
     old = {k: v for k, v in ARMS["arms"]["r7"]["train"].items() if k != "train.lr"}
-    assert ARMS["arms"]["old-lr"]["train"] == {**old, "train.lr": 5e-5, "train.eval_every": 96}
+    assert ARMS["arms"]["old-lr"]["train"] == {
+        **old, "train.lr": 5e-5, "train.eval_every": 96, "keep.retain": None}
 
 
 def test_finished_cells_are_not_run_again_and_changed_ones_are(home, monkeypatch):
@@ -129,8 +130,9 @@ def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path):
     outcome = {p["id"]: (p["measured"], p["right"]) for p in result["predictions"]}
     assert outcome["base-chat"] == ("+0%", True) and outcome["loo-lr"] == ("not run", None)
     table = report.readme(result)
-    assert "| 100 % [100, 100] |" in table and len(table.splitlines()) == 2 + len(report.README)
-    assert "Nobody" not in table and (tmp_path / "out" / "report.html").exists()
+    assert "| 100 % [100, 100] |" in table and "- Holds: " in table
+    assert len(table.splitlines()) == 3 + len(report.README) + len(result["claims"])
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_without_cells_the_report_says_what_to_run(home):

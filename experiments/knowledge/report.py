@@ -256,14 +256,18 @@ README = {"recall": "held-out wordings of what was taught", "recall_trained": "t
 
 
 def readme(result):
-    """The README's table: what result.json says, and nothing else."""
+    """The README's table and claims: what result.json says, and nothing else."""
     arms = {(a["model"], a["arm"]): a for a in result["arms"]}
-    columns = {("chat", "untouched"): "untouched", ("chat", "r0"): "the failed recipe",
-               ("chat", "r7"): "ours", ("base", "r7"): "ours, base model"}
+    columns = {("chat", "untouched"): "chat model, untouched", ("chat", "r0"): "the failed recipe",
+               ("chat", "r7"): "ours", ("base", "r7"): "base model, ours"}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" + "|--:" * len(columns) + "|"]
     for name, label in README.items():
         lines.append(f"| {label} | " + " | ".join(
             page.of_metric(arms[key], name) for key in columns) + " |")
+    lines.append("")
+    for claim in result["claims"]:
+        word = page.word(claim["holds"], "Holds", "**Does not hold**", "Not run")
+        lines.append(f"- {word}: {claim['text']}: {page.show(claim['value'])} ({claim['bound']}).")
     return "\n".join(lines)
 
 
