@@ -343,8 +343,9 @@ def no_value(home):
 
 
 @pytest.mark.parametrize("args, change, message", [
-    (("--keep.unknown_share=0.2",), bare_facts, 'keep.unknown_share needs a "subject" in every'),
-    (("--keep.retain=retain.jsonl",), no_value, 'keep: retain.jsonl: a record has no "value"'),
+    (("--keep.unknown_share=0.2",), bare_facts,
+     'keep.unknown_share needs records with a "subject"'),
+    (("--keep.retain=retain.jsonl",), no_value, 'data: retain.jsonl:2: has no "value"'),
     (("--keep.retain=none.jsonl",), None, "data: none.jsonl: cannot be read"),
     (("--keep.replay=none.txt",), None, "data: none.txt: cannot be read"),
     ((KEEP[0], "--keep.replay_share=0.6", "--keep.unknown_share=0.4"), None,

@@ -145,12 +145,12 @@ def transcripts_of(cells, n=12):
     def cell(arm, seed):
         return next((c for c in cells if (c["model"], c["arm"], c["seed"]) == ("chat", arm, seed)),
                     None)
-    before, source, ours = cell("untouched", 0), cell("r1", 0), cell("r7", 0)
+    before, source, ours = cell("untouched", 0), cell("r1", 0) or cell("r0", 0), cell("r7", 0)
     if not (before and ours):
         return []
 
     def answers(of, kind):
-        return {i["question"]: i["answer"] for i in of["sets"][kind]} if of else {}
+        return {i["question"]: i["answer"] for i in of["sets"].get(kind, ())} if of else {}
     made = []
     for kind, many in (("test", 4), ("card", 1), ("multi", 1), ("reverse", 1), ("unknown", 2),
                        ("unanswerable", 1), ("neighbours", 1), ("general", 1)):

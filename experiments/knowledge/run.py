@@ -155,9 +155,10 @@ def effort(sections, folder):
     if data.get("split_by") == "fact":
         facts -= round(facts * data["val_fraction"])
     own = 1 - keep.get("replay_share", 0) - keep.get("unknown_share", 0)
-    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")        # the rest are float32
     return {"exposures_per_step": sections["train"].get("batch_size", 16) * own / facts,
-            "parameters": weights.stat().st_size // 4}
+            "parameters": (len(weights) - header) // 4}
 
 
 def main(argv):
