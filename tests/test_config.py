@@ -122,7 +122,7 @@ def test_take_config_refuses_what_it_does_not_know(argument):
     ({"train": {"max_length": 9}}, "Did you mean dataset.max_length?"),
     ({"trian": {}}, "Did you mean train?"),
     ({"lr": 1}, "Did you mean train.lr?"),
-    ({"zzz": 1}, "unknown key zzz. Known: model, lora, data, dataset, train.")])
+    ({"zzz": 1}, "unknown key zzz. Known: model, lora, data, dataset, keep, train.")])
 def test_an_unknown_key_comes_with_a_suggestion(load, content, words):
     assert words in error_of(load, content)
 
