@@ -80,11 +80,13 @@ def curves_of(cells):
     """[curve]: what is known of a cell at each step, from its log and its kept adapters."""
     made = []
     for cell in cells:
-        points = {}
+        points, wanted = {}, ["val_loss", "recall", "retention", "kl"]
+        if (cell["settings"] or {}).get("data", {}).get("split_by") == "fact":
+            wanted.remove("recall")                           # of facts that nothing teaches
         for line in cell["log"]:
             if "val_loss" in line:
                 points.setdefault(line["step"], {}).update(
-                    {k: line[k] for k in ("val_loss", "recall", "retention", "kl") if k in line})
+                    {k: line[k] for k in wanted if k in line})
         for line in cell.get("trajectory", ()):
             points.setdefault(line["step"], {}).update(
                 {k: v for k, v in line.items() if k not in ("step", "ranks")},
