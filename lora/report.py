@@ -24,11 +24,11 @@ def write(report, folder):
     return folder / "report.html"
 
 
-def page(report):
+def page(report, template=PAGE, slot=SLOT):
     """The page with the data in it, as JSON in which nothing can end the script element."""
     text = json.dumps(report, ensure_ascii=False, allow_nan=False)
     text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
-    before, after = PAGE.read_text(encoding="utf-8").split(SLOT)
+    before, after = template.read_text(encoding="utf-8").split(slot)
     return before + text + after
 
 

@@ -217,7 +217,9 @@ def test_a_lone_measurement_is_a_figure(name):
     rows_of, figure_of = knowledge.FIGURES[name]
     figure = figure_of(rows_of(lone), knowledge.LIGHT)
     figure.draw_without_rendering()
+    drawn = [panel for panel in figure.axes if panel.has_data()]
     plt.close(figure)
+    assert drawn
 
 
 def test_nothing_measured_draws_nothing(tmp_path):

@@ -75,11 +75,8 @@ def write(result, folder):
 
 
 def page(view):
-    """The page with a view in it, as JSON in which nothing can end the script element."""
-    text = json.dumps(view, ensure_ascii=False, allow_nan=False)
-    text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
-    before, after = PAGE.read_text(encoding="utf-8").split(SLOT)
-    return before + text + after
+    """The page with a view in it, escaped like every other report."""
+    return report.page(view, PAGE, SLOT)
 
 
 def figures(folder):
