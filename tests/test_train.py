@@ -397,7 +397,7 @@ def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):
         asked.append(len(prompts))
         return [(p[-1]["content"] + "!", p[-1]["content"] != "p3") for p in prompts]
     monkeypatch.setattr(train.dataset, "answer", answer)
-    train.complete([whole, *examples], None, None, "template", tmp_path)
+    train.complete([whole, *examples], torch.nn.Module(), None, "template", tmp_path)
     assert asked == [64, 6] and whole["messages"][-1]["content"] == "b" and "open" not in whole
     assert [e["messages"][-1]["content"] for e in examples] == [f"p{i}!" for i in range(70)]
     assert [i for i, e in enumerate(examples) if e["open"]] == [3]
