@@ -276,8 +276,9 @@ def inertia(rows, colours):
     plain(panel, colours)
     own = tints(in_order(rows), colours)
     most = max((r["exposures"] or 0 for r in rows), default=0) or 1
-    top = 1.2 * most
-    if any(r["exposures"] is None for r in rows):
+    never = any(r["exposures"] is None for r in rows)
+    top = 1.2 * most if never else most
+    if never:
         panel.axhline(top, color=colours["ink"], lw=1, ls=":")
         panel.annotate("never learned", (1, top), (0, 7), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", fontsize=10)
@@ -296,7 +297,7 @@ def inertia(rows, colours):
         panel.plot([], [], ls="", marker=TYPES.get(kind, "x"), color=colours["lr"],
                    label=f"{kind} name")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    panel.set(xlabel="margin of the right value before training (nats)", ylim=(0, 1.12 * top),
+    panel.set(xlabel="margin of the right value before training (nats)", ylim=(0, 1.1 * top),
               ylabel="exposures until it ranks first and stays")
     panel.set_yticks([y for y in panel.get_yticks() if y <= most * 1.05])
     return figure
