@@ -4,35 +4,43 @@ Fine-tune a causal language model with LoRA on question/answer pairs or dialogue
     python train.py                                    # config.json: facts into a chat model
     python train.py --lora.r=16 --train.run=r16        # any key of config.json
     python train.py --config runs/demo/config.json     # a run again, from its own folder
+    python train.py --resume runs/demo                 # a run that was cut short, to its end
+    torchrun --standalone --nproc_per_node=2 train.py  # the same run on two GPUs
 
 The story, top to bottom: config, model, data, adapters, loop, best adapter, answers, plots.
 Everything a run makes is in runs/NAME: adapter/ (the best one, in PEFT's layout), last/,
-metrics.jsonl, loss.png, samples.md, config.json (complete), run.json.
+metrics.jsonl, loss.png, samples.md, config.json (complete), run.json, checkpoints/.
 """
 
+import argparse
+import json
 import math
 import random
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import data
 import dataset
+import measure
 from inject import inject, report
 from lora import (
     adapter,
     advice,
     base,
+    checkpoint,
     config,
     fetch,
+    files,
     flat,
     leaves,
     loss,
     memory,
-    meter,
+    parallel,
     runlog,
     surgery,
 )
@@ -40,12 +48,20 @@ from lora.optim import AdamW, lr_at
 
 
 def main(argv):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", metavar="RUN")
+    parser.add_argument("--force", action="store_true")
+    asked, argv = parser.parse_known_args(argv)
+    if asked.resume:
+        asked.resume = runlog.resumable(asked.resume)
+        argv = ["--config", str(asked.resume / "config.json"), *argv]
     settings = config.take_config(argv)
 
     # ----- model and data
-    device = base.pick_device(settings.model.device)
+    device = parallel.start(base.pick_device(settings.model.device))
     dtype = base.pick_dtype(settings.model.dtype, device)
-    folder_or_id = fetch.find(settings.model.name)
+    folder_or_id = parallel.from_first(
+        fetch.find(settings.model.name) if parallel.rank() == 0 else None)
     tokenizer = base.load_tokenizer(folder_or_id)
     examples = data.load(**asdict(settings.data), seed=settings.train.seed)
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
@@ -60,7 +76,7 @@ def main(argv):
     print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
           f"format: {train_set.format}")
 
-    # ----- adapters; the seed first, so that A is the same in every run
+    # ----- adapters; the seed first, so that A is the same in every run and process
     torch.manual_seed(settings.train.seed)
     if settings.model.adapter:
         adapted = adapter.load(model, settings.model.adapter)
@@ -70,29 +86,55 @@ def main(argv):
         adapted = inject(model, **asdict(settings.lora))
     print(report(model, adapted))
 
-    # ----- the run's folder
-    folder = runlog.open_folder(settings.train.run)
-    runlog.write_json(folder / "config.json", asdict(settings))
-    for sentence in advice.sentences(settings, model, adapted, *examples):
-        print(f"advice: {sentence}")
+    # ----- the run's folder: a new one, or the one to go on in
     system, systems = data.system_of(examples[0])
-    runlog.write_json(folder / "run.json", runlog.run_info(
-        base_model=fetch.public_name(settings.model.name), base_weights=base_weights,
-        device=str(device), dtype=str(dtype), system=system, systems=systems,
-        format=train_set.format, template=runlog.digest(tokenizer.chat_template or ""),
-        data=runlog.digest([e["messages"] for part in examples for e in part]),
-        examples=[len(part) for part in examples], adapted=adapted))
+    info = {"base_weights": base_weights, "system": system, "systems": systems,
+            "format": train_set.format, "template": runlog.digest(tokenizer.chat_template or ""),
+            "data": runlog.digest([e["messages"] for part in examples for e in part])}
+    identity = {**config.flat(settings), **info,
+                "keep": runlog.digest([e["messages"] for e in [*extras, *retain]])}
+    with runlog.opened(settings.train.run, asked.resume, parallel.rank()) as folder:
+        saved = newest_checkpoint(folder, identity, asked.force) if asked.resume else None
+        for sentence in advice.sentences(settings, model, adapted, *examples):
+            print(f"advice: {sentence}")
+        if not saved:
+            (folder / "replay.jsonl").unlink(missing_ok=True)
+            runlog.write_json(folder / "config.json", asdict(settings))
+            runlog.write_json(folder / "run.json", runlog.run_info(
+                base_model=fetch.public_name(settings.model.name), device=str(device),
+                dtype=str(dtype), examples=[len(part) for part in examples], adapted=adapted,
+                **info))
 
-    # ----- what is mixed in: replay, answered by the model itself, and questions about nobody
-    if extras:
-        extras = complete(extras, model, tokenizer, train_set.format, folder)
-        train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
+        # ----- what is mixed in: replay, answered by the model itself, and questions about nobody
+        if extras:
+            extras = complete(extras, model, tokenizer, train_set.format, folder)
+            train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
 
-    result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain)
-    from plots.figures import draw
-    draw(folder)
+        result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain,
+                     identity, saved)
+        from plots.figures import draw
+        draw(folder)
     print(f"\n{result}\nrun: {folder}/ holds adapter/ (the best), last/, loss.png, samples.md, "
           "metrics.jsonl, config.json, run.json")
+
+
+def newest_checkpoint(folder, identity, force):
+    """(tensors, state) of the newest checkpoint of a run, for all processes; None if there is none
+    yet. Raises ValueError if settings, data or model are not those it was made with."""
+    file = checkpoint.newest(folder / "checkpoints") if parallel.rank() == 0 else None
+    file = parallel.from_first(str(file) if file else None)
+    if not file:
+        print(f"resume: {folder} has no checkpoint yet: from the beginning")
+        return None
+    tensors, state = checkpoint.load(file)
+    changed = checkpoint.differences(state["identity"], json.loads(json.dumps(identity)))
+    if changed and not force:
+        raise ValueError(f"resume: {folder} was another run:\n  " + "\n  ".join(changed)
+                         + "\nUndo that, start a new run, or go on all the same with --force.")
+    for line in changed:
+        print(f"resume: {line}")
+    print(f"resume: from step {state['step']}")
+    return tensors, state
 
 
 def tokenise(examples, tokenizer, wanted, label):
@@ -130,21 +172,39 @@ def complete(examples, model, tokenizer, format, folder):
     """The examples, those that end with the user's message answered by the base. What it said is
     kept in replay.jsonl, which keep.replay takes too; what it had no answer to is left out."""
     bare = [e for e in examples if e["messages"][-1]["role"] == "user"]
-    for n in range(0, len(bare), 64):
-        part = bare[n:n + 64]
+    file, said = folder / "replay.jsonl", []
+    if file.exists():                                 # of a run that is resumed
+        said = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    for n in range(0, 0 if said or parallel.rank() else len(bare), 64):
+        part = [e["messages"] for e in bare[n:n + 64]]
         with surgery.disabled(model):
-            given = dataset.answer(model, tokenizer, [e["messages"] for e in part], format,
-                                   max_new_tokens=REPLAY_TOKENS)
-        for example, (text, ended) in zip(part, given, strict=True):
-            if text:
-                said = [*example["messages"], {"role": "assistant", "content": text}]
-                example |= {"messages": said, "open": not ended}
-                runlog.append(folder / "replay.jsonl", {"messages": said, "open": not ended})
+            given = dataset.answer(model, tokenizer, part, format, max_new_tokens=REPLAY_TOKENS)
+        said += [{"messages": [*prompt, {"role": "assistant", "content": text}], "open": not ended}
+                 for prompt, (text, ended) in zip(part, given, strict=True) if text]
         print(f"keep: the model has answered {n + len(part)} of {len(bare)} replay prompts")
+    said = parallel.from_first(said)
+    if bare:
+        files.write(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in said))
+    answered = {json.dumps(x["messages"][:-1]): x for x in said}
+    for example in bare:
+        example |= answered.get(json.dumps(example["messages"]), {})
     return [e for e in examples if e["messages"][-1]["role"] == "assistant"]
 
 
 REPLAY_TOKENS = 24                # an answer is broken off there; its end is then no label
+
+
+def plan_of(train_set, per_epoch, s):
+    """(windows() of the training set's kinds of examples, how many examples an epoch has)."""
+    kinds = [item["example"].get("kind") for item in train_set.items]
+    pools = [([i for i, kind in enumerate(kinds) if kind == wanted], count)
+             for wanted, count in {None: kinds.count(None), **per_epoch}.items()]
+    for indices, _ in pools[1:]:
+        random.Random(f"{s.seed} pool").shuffle(indices)      # a file may be sorted by kind
+    if per_epoch:
+        print(f"keep: an epoch has {kinds.count(None)} of your examples, "
+              + ", ".join(f"{count} {kind}" for kind, count in per_epoch.items()))
+    return windows(pools, s.batch_size, s.epochs, s.max_steps, s.seed), sum(n for _, n in pools)
 
 
 def windows(pools, batch_size, epochs, max_steps, seed):
@@ -162,8 +222,9 @@ def windows(pools, batch_size, epochs, max_steps, seed):
     return made[:total]
 
 
-def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain):
-    """The loop. Leaves the best adapter in the model and on disk; returns what it reached."""
+def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain, identity, saved):
+    """The loop. Leaves the best adapter in the model and on disk; returns what it reached. saved:
+    (tensors, state) of a checkpoint to go on from, or None."""
     s, device = settings.train, model.device
     base_name = fetch.public_name(settings.model.name)
     pad_id = tokenizer.pad_token_id or 0
@@ -173,55 +234,16 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retai
         size = min(s.batch_size, max(1, s.token_budget // longest))
     else:
         size = -(-s.batch_size // s.grad_accum)
-    kinds = [item["example"].get("kind") for item in train_set.items]
-    pools = [([i for i, kind in enumerate(kinds) if kind == wanted], count)
-             for wanted, count in {None: kinds.count(None), **per_epoch}.items()]
-    for indices, _ in pools[1:]:
-        random.Random(f"{s.seed} pool").shuffle(indices)      # a file may be sorted by kind
-    plan = windows(pools, s.batch_size, s.epochs, s.max_steps, s.seed)
-    an_epoch = sum(count for _, count in pools)
+    plan, an_epoch = plan_of(train_set, per_epoch, s)
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
-
-    def learns_from_base(item):
-        return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
-    mixed = ", ".join(f"{count} {kind}" for kind, count in per_epoch.items())
-    if mixed:
-        print(f"keep: an epoch has {kinds.count(None)} of your examples, {mixed}")
     print(f"train: {len(plan)} steps of {s.batch_size} examples in {-(-s.batch_size // size)} "
-          f"micro-batches of {size}, an evaluation every {eval_every} steps")
+          f"micro-batches of {size}, an evaluation every {eval_every} steps"
+          + f", {parallel.world()} processes" * (parallel.world() > 1))
 
-    def batches(items):
-        return dataset.micro_batches(items, size, pad_id, device, layout)
-    print(memory.report(model, batches(train_set.items[:2])[0],
-                        batches([train_set[i] for i in plan[0][1]])[-1], lean))
-
-    facts = [e for e in (item["example"] for item in val_set or ()) if "value" in e]
-    by_recall = s.best_by == "recall" or (s.best_by == "auto" and bool(facts))
-    if by_recall and not facts:
+    n_facts = len(measure.held_out_facts(val_set))
+    by_recall = s.best_by == "recall" or (s.best_by == "auto" and n_facts > 0)
+    if by_recall and not n_facts:
         raise ValueError('train: best_by is "recall", but no validation example has a "value".')
-
-    def answers(prompts):
-        return [text for text, _ in dataset.answer(
-            model, tokenizer, prompts, train_set.format, max_new_tokens=s.max_new_tokens,
-            repetition_penalty=s.repetition_penalty)]
-    known, own = what_it_knows(model, tokenizer, retain, settings, train_set.format)
-
-    def evaluate(step):
-        line = {"step": step}
-        if val_set:
-            line["val_loss"], line["val_accuracy"] = loss.evaluate(
-                model, batches(val_set.items), lean)
-        if facts:
-            given = answers([e["messages"][:-1] for e in facts])
-            right = [data.contains(a, e["value"]) for a, e in zip(given, facts, strict=True)]
-            line["recall"] = sum(right) / len(right)
-        if known:
-            given = answers([e["messages"][:-1] for e in known])
-            right = [data.contains(a, e["value"]) for a, e in zip(given, known, strict=True)]
-            line["retention"] = sum(right) / len(right)
-            line["kl"], line["own_loss"], line["own_loss_before"] = meter.drift(
-                model, [b for i in range(0, len(own), 8) for b in batches(own.items[i:i + 8])])
-        return line
 
     def rank(line):
         """Smaller is better. Retention below keep.min_retention counts like recall lost: a hard
@@ -229,115 +251,173 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retai
         lost = max(0.0, settings.keep.min_retention - line.get("retention", 1.0))
         return (lost - line["recall"] if by_recall else lost + line["val_loss"], line["val_loss"])
 
-    asked = questions(s.questions, val_set or train_set, settings.data.system, s.seed)
-    metrics, before, first = folder / "metrics.jsonl", answers(asked), evaluate(0)
-    runlog.append(metrics, first)
-    print(f"step 0: {show(first)}")
+    # ----- where the run is: all of this, and the optimizer, is in a checkpoint
+    at = SimpleNamespace(step=0, size=size, seen=0, seconds=0.0, sums=[], best=None, stale=0)
     optimizer = AdamW(surgery.adapter_parameters(model), s.betas, s.eps, s.weight_decay)
-    best, stale, done, seen, clock = None, 0, 0, 0, time.perf_counter()
-    sums = []                                         # of this epoch: (loss, hits, tokens)
-    bar = tqdm(plan, unit="step", dynamic_ncols=True, disable=None)
-    try:
-        for epoch, rows in bar:
+    metrics, best_weights = folder / "metrics.jsonl", []
+
+    def batches(items):
+        return dataset.micro_batches(items, at.size, pad_id, device, layout)
+    print(memory.report(model, batches(train_set.items[:2])[0],
+                        batches([train_set[i] for i in plan[0][1]])[-1], lean))
+
+    evaluate = measure.exam(model, tokenizer, train_set.format, val_set, retain, settings, batches,
+                            lean)
+    asked = measure.questions(s.questions, val_set or train_set, settings.data.system, s.seed)
+
+    def answers():
+        return [a for a, _ in measure.answerer(model, tokenizer, train_set.format, s)(asked)]
+
+    # ----- a step's gradient
+    def learns_from_base(item):
+        return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
+
+    def share(items):
+        """[(batch, weight)]: this process's samples in as many micro-batches as the first process
+        has, which has the most. Weight 0 changes nothing."""
+        made = batches(parallel.mine(items))
+        rounds = -(-len(items[::parallel.world()]) // at.size)
+        return [(b, 1) for b in made] + [(b, 0) for b in batches(items[:1]) * (rounds - len(made))]
+
+    def gradients(items, n_tokens):
+        """Leave this process's part of the gradient; returns its (cross-entropy, hits). What is
+        random in a step, dropout, depends on seed, step and process alone."""
+        torch.manual_seed(random.Random(f"{s.seed} {at.step} {parallel.rank()}").getrandbits(63))
+        step_ce = step_hits = 0
+        for teacher in (False, True):
+            for batch, weight in share([x for x in items if learns_from_base(x) == teacher]):
+                ce, hits = loss.ce_sum(model, batch, lean, teacher)
+                (weight * ce / n_tokens).backward()   # the window's count: no mean of means
+                step_ce, step_hits = step_ce + weight * ce.item(), step_hits + weight * hits
+        return step_ce, step_hits
+
+    def gradients_that_fit(items, n_tokens):
+        """The same in smaller micro-batches if memory does not suffice."""
+        while True:
+            try:
+                return gradients(items, n_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.exhausted(error):
+                    raise
+                if at.size == 1 or settings.model.shard:
+                    raise ValueError(f"train: step {at.step + 1}: out of memory in micro-batches of"
+                                     f" {at.size}; lower dataset.max_length, or set "
+                                     "train.checkpointing=true or model.quant=nf4") from error
+            optimizer.zero_grad()
+            at.size = -(-at.size // 2)
+            bar.write(f"train: step {at.step + 1}: out of memory; micro-batches of {at.size} now")
+
+    def keep(newest=s.checkpoints_kept):
+        files.sync(metrics)
+        checkpoint.save(folder / "checkpoints",
+                        {**optimizer.tensors(), **{f"best.{i}": p for i, p in
+                                                   enumerate(best_weights)}},
+                        {**vars(at), "before": before, "first": first, "identity": identity,
+                         "metrics": metrics.stat().st_size}, newest)
+
+    if saved:
+        tensors, state = saved
+        before, first = state["before"], state["first"]
+        vars(at).update({key: state[key] for key in vars(at)}, size=min(size, state["size"]))
+        files.cut(metrics, state["metrics"])
+        metrics.touch()
+        best_weights = [tensors[k] for k in map("best.{}".format, range(len(tensors)))
+                        if k in tensors]
+        if best_weights:                              # the folder's may be newer than this
+            optimizer.restore({f"p.{i}": p for i, p in enumerate(best_weights)})
+            adapter.save(model, folder / "adapter", base_name)
+        optimizer.restore(tensors, at.step)
+    else:
+        metrics.unlink(missing_ok=True)
+        before, first = answers(), evaluate(0)
+        runlog.append(metrics, first)
+        print(f"step 0: {measure.show(first)}")
+        if s.checkpoint_every:
+            keep()
+
+    bar = tqdm(total=len(plan), initial=at.step, unit="step", dynamic_ncols=True,
+               disable=True if parallel.rank() else None)
+    with runlog.stoppable() as stops, bar:
+        while at.step < len(plan) and not (s.patience and at.stale >= s.patience):
+            began = time.perf_counter()
+            epoch, rows = plan[at.step]
             items = [train_set[i] for i in rows]
-            micro = [(batch, teacher) for teacher in (False, True) for batch in batches(
-                [item for item in items if learns_from_base(item) == teacher])]
-            n_tokens = sum(len(batch.targets) for batch, _ in micro)
-            lr = lr_at(done, peak=s.lr, warmup=s.warmup_steps, total=len(plan), schedule=s.schedule)
+            n_tokens = sum(x != loss.IGNORE_INDEX for item in items for x in item["labels"][1:])
+            lr = lr_at(at.step, peak=s.lr, warmup=s.warmup_steps, total=len(plan),
+                       schedule=s.schedule)
             model.train()
-            step_ce = hits = 0
-            for batch, teacher in micro:
-                ce, right = loss.ce_sum(model, batch, lean, teacher)
-                (ce / n_tokens).backward()            # the window's count: no mean of means
-                step_ce, hits = step_ce + ce.item(), hits + right
+            step_ce, hits = gradients_that_fit(items, n_tokens)
+            step_ce, hits, stop = parallel.add_up([step_ce, hits, len(stops)], optimizer.parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 optimizer.parameters, s.max_grad_norm or math.inf).item()
             if not (math.isfinite(step_ce) and math.isfinite(grad_norm)):
                 adapter.save(model, folder / "last", base_name)
                 raise ValueError(
-                    f"train: step {done + 1}: loss {step_ce / n_tokens}, gradient norm {grad_norm}."
-                    f" It changed nothing: {folder}/last is the adapter before it"
-                    + f", {folder}/adapter the best one" * bool(best)
+                    f"train: step {at.step + 1}: loss {step_ce / n_tokens}, gradient norm "
+                    f"{grad_norm}. It changed nothing: {folder}/last is the adapter before it"
+                    + f", {folder}/adapter the best one" * bool(at.best)
                     + ". Lower train.lr, or look at the step's examples:\n  "
                     + "\n  ".join(item["source"] for item in items))
             optimizer.step(lr)
             optimizer.zero_grad()
-            done += 1
+            at.step += 1
+            last = at.step == len(plan)
 
             # ----- what happened
-            seen += sum(len(item["input_ids"]) for item in items)
-            seconds = time.perf_counter() - clock
-            line = {"step": done, "epoch": epoch + 1, "loss": step_ce / n_tokens,
+            at.seen += sum(len(item["input_ids"]) for item in items)
+            at.seconds += time.perf_counter() - began # of training alone, not of evaluations
+            line = {"step": at.step, "epoch": epoch + 1, "loss": step_ce / n_tokens,
                     "accuracy": hits / n_tokens, "lr": lr, "grad_norm": grad_norm,
-                    "tokens_per_s": seen / seconds, "seconds": seconds,
+                    "tokens_per_s": at.seen / at.seconds, "seconds": at.seconds,
                     "peak_memory_gib": runlog.peak_memory_gib(device)}
-            if done % s.log_every == 0 or done == len(plan):
+            if at.step % s.log_every == 0 or last:
                 runlog.append(metrics, line)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, "
                                 f"{line['tokens_per_s']:.0f} tokens/s")
-            sums.append((step_ce, hits, n_tokens))
-            if done == len(plan) or plan[done][0] != epoch:
-                ce, right, n = map(sum, zip(*sums, strict=True))
-                line = {"step": done, "epoch": epoch + 1, "epoch_loss": ce / n,
+            bar.update()
+            at.sums.append((step_ce, hits, n_tokens))
+            if last or plan[at.step][0] != epoch:
+                ce, right, n = map(sum, zip(*at.sums, strict=True))
+                line = {"step": at.step, "epoch": epoch + 1, "epoch_loss": ce / n,
                         "epoch_accuracy": right / n}
                 runlog.append(metrics, line)
-                bar.write(f"epoch {epoch + 1}: {show(line)}")
-                sums = []
+                bar.write(f"epoch {epoch + 1}: {measure.show(line)}")
+                at.sums = []
 
-            if s.save_every and done % s.save_every == 0:
-                adapter.save(model, folder / "steps" / f"{done:06d}", base_name)
+            if s.save_every and at.step % s.save_every == 0:
+                adapter.save(model, folder / "steps" / f"{at.step:06d}", base_name)
 
             # ----- is it the best so far?
-            if val_set and (done == len(plan) or done % eval_every == 0):
-                paused = time.perf_counter()
-                line = evaluate(done)
-                improved, stale = best is None or rank(line) < rank(best), stale + 1
+            if val_set and (last or at.step % eval_every == 0):
+                line = evaluate(at.step)
+                improved, at.stale = at.best is None or rank(line) < rank(at.best), at.stale + 1
                 if improved:
-                    best, stale = line, 0
+                    at.best, at.stale = line, 0
+                    best_weights = [p.detach().cpu().clone() for p in optimizer.parameters]
                     adapter.save(model, folder / "adapter", base_name)
                 runlog.append(metrics, {**line, "best": improved})
-                bar.write(f"step {done}: {show(line)}{', the best so far' * improved}")
-                clock += time.perf_counter() - paused  # tokens/s is of training alone
-                if s.patience and stale >= s.patience:
-                    bar.write(f"train: stopped, {stale} evaluations without a better one")
-                    break
-    except KeyboardInterrupt:
-        adapter.save(model, folder / "last", base_name)
-        print(f"\nstopped after step {done}; {folder}/last has the adapter. Go on from it with:\n"
-              f"  python train.py --config {folder}/config.json --model.adapter={folder}/last "
-              f"--train.run={s.run}-more")
-        sys.exit(130)
-    finally:
-        bar.close()
+                bar.write(f"step {at.step}: {measure.show(line)}{', the best so far' * improved}")
+
+            if stop or (s.checkpoint_every and (last or at.step % s.checkpoint_every == 0)):
+                keep()
+            if stop:
+                adapter.save(model, folder / "last", base_name)
+                bar.write(f"stopped after step {at.step}; go on with:\n"
+                          f"  python train.py --resume {folder}")
+                sys.exit(130)
+    if at.step < len(plan):
+        print(f"train: stopped, {at.stale} evaluations without a better one")
 
     # ----- the end: the best adapter answers
     adapter.save(model, folder / "last", base_name)
-    if best is None:                                  # no validation: the last one it is
-        best = {"step": done}
+    if at.best is None:                               # no validation: the last one it is
+        at.best = {"step": at.step}
         adapter.save(model, folder / "adapter", base_name)
     adapter.load(model, folder / "adapter")
-    write_samples(folder / "samples.md", asked, before, answers(asked))
-    return (f"best: step {best['step']}: {show(best)}" + f" on {len(facts)} held-out questions"
-            * bool(facts) + f" (before training: {show(first)})" * bool(val_set))
-
-
-def what_it_knows(model, tokenizer, asked, settings, format):
-    """(the questions asked that the base gets right, its own answers to them as a QADataset): what
-    evaluations hold the model to."""
-    if not asked:
-        return [], []
-    with surgery.disabled(model):
-        given = dataset.answer(model, tokenizer, [e["messages"][:-1] for e in asked], format,
-                               max_new_tokens=settings.train.max_new_tokens,
-                               repetition_penalty=settings.train.repetition_penalty)
-    known = [(e, text, ended) for e, (text, ended) in zip(asked, given, strict=True)
-             if data.contains(text, e["value"])]
-    print(f"keep: {len(known)} of {len(asked)} questions of {settings.keep.retain} are right "
-          "before training")
-    own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": text}],
-            "source": e["source"], "open": not ended} for e, text, ended in known]
-    return [e for e, _, _ in known], own and dataset.QADataset(own, tokenizer, format,
-                                                               max_length=10**6)
+    measure.write_samples(folder / "samples.md", asked, before, answers())
+    return (f"best: step {at.best['step']}: {measure.show(at.best)}"
+            + f" on {n_facts} held-out questions" * bool(n_facts)
+            + f" (before training: {measure.show(first)})" * bool(val_set))
 
 
 def speed_up(model, settings):
@@ -359,30 +439,6 @@ def speed_up(model, settings):
         layout = "flat"
     lean = s.lean_head and loss.head_is_linear(model)
     return layout, lean
-
-
-def questions(wanted, some_set, system, seed, n=8):
-    """Prompts to answer before and after: the wanted questions, else about n of a set's own."""
-    asked = [{"messages": [{"role": "user", "content": text}]} for text in wanted]
-    own = [item["example"]["messages"][:-1] for item in some_set.items[::-(-len(some_set) // n)]]
-    return [e["messages"] for e in data.with_system(asked, system, seed)] or own
-
-
-def show(line):
-    """A line of metrics in words: val_loss 0.1234, recall 98%."""
-    shares = "recall", "accuracy", "retention"
-    return ", ".join(f"{k} {v:.0%}" if k.endswith(shares) else f"{k} {v:.4f}"
-                     for k, v in line.items() if k not in ("step", "epoch"))
-
-
-def write_samples(file, prompts, before, after):
-    """Print the answers before and after, and write them as a table."""
-    rows = ["| question | before | after |", "|---|---|---|"]
-    for messages, *both in zip(prompts, before, after, strict=True):
-        cells = [" ".join(text.split()) for text in (messages[-1]["content"], *both)]
-        print("\n  {}\n    before: {:.100}\n    after:  {:.100}".format(*cells))
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ PEFT loads non-strictly: a missing tensor warns, an unknown one is dropped. Here
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
+from . import files
 from .layer import linear_size
 from .surgery import lora_layers, wrap
 
@@ -47,11 +48,10 @@ def save(model, folder, base_name):
         "modules_to_save": None, "revision": None,
         "fan_in_fan_out": first.transposed, "init_lora_weights": True, "inference_mode": True}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
-    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+    with files.saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.write(folder / WEIGHTS, serialise(tensors, {"format": "pt"}))
+    files.write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load(model, folder):

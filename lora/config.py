@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -27,6 +27,7 @@ class ModelConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
     adapter: str | None = None  # folder of an adapter to go on from, instead of a fresh one
+    shard: bool = False  # with torchrun: each process holds a share of the base (FSDP2)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class TrainConfig:
     max_new_tokens: int = 32  # length of those answers
     repetition_penalty: float = 1.0  # in evaluation; above 1 it also hides names of the question
     save_every: int = 0  # keep the adapter every so many steps, in steps/; 0: never
+    checkpoint_every: int = 10  # steps between checkpoints, to resume from; 0: only on Ctrl-C
+    checkpoints_kept: int = 2  # the newest so many; a damaged one falls back to the one before
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ RANGES = {  # the numbers a setting may have: from the first to the second, both
     "train.max_grad_norm": (0, inf), "train.log_every": (1, inf), "train.eval_every": (1, inf),
     "keep.replay_share": (0, 0.9), "keep.unknown_share": (0, 0.9), "keep.min_retention": (0, 1),
     "train.repetition_penalty": (1, 2), "train.patience": (0, inf),
-    "train.save_every": (0, inf), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
+    "train.save_every": (0, inf), "train.checkpoint_every": (0, inf),
+    "train.checkpoints_kept": (1, 1000), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
 
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
@@ -238,6 +242,12 @@ def take_config(argv):
     if not all(re.match(r"--\w+\.\w+=", arg) for arg in rest):
         raise ValueError(f"{' '.join(rest)}: expected --config FILE or --section.key=value")
     return load(known.config, rest)
+
+
+def flat(settings):
+    """{"train.lr": 0.001, ...}: every setting under its whole name."""
+    return {f"{section}.{key}": value for section, values in asdict(settings).items()
+            for key, value in values.items()}
 
 
 def run_cli(main, argv):

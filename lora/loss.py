@@ -100,12 +100,12 @@ def head_is_linear(model):
 
 @torch.no_grad()
 def evaluate(model, batches, lean=True):
-    """(nats per supervised token, share of them ranked first) over all batches, weighted by
-    token like the training loss."""
+    """[nats, supervised tokens ranked first, supervised tokens] summed over all batches, for a mean
+    by token like the training loss."""
     model.eval()
     sums = [(*ce_sum(model, batch, lean), len(batch.targets)) for batch in batches]
-    ce, hits, n_tokens = map(sum, zip(*sums, strict=True))
-    return float(ce) / n_tokens, hits / n_tokens
+    ce, hits, n_tokens = map(sum, zip(*sums, strict=True)) if sums else (0, 0, 0)
+    return [float(ce), hits, n_tokens]
 
 
 @torch.no_grad()

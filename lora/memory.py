@@ -35,6 +35,12 @@ def report(model, probe, batch, lean=True):
             f"{parts['activations'] / tokens / 2**20:.2f} MiB of activations a token")
 
 
+def exhausted(error):
+    """Whether an error says that memory did not suffice, of the device or of the machine."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
+
+
 def _kept(model, batch, lean):
     """Bytes that autograd keeps after the forward pass of batch, the parameters aside."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -46,6 +46,24 @@ class AdamW:
         for p in self.parameters:
             p.grad = None
 
+    def tensors(self):
+        """Parameters and moments by name, p.0, m.0, v.0, p.1 ..., on the CPU: for a checkpoint."""
+        groups = {"p": self.parameters, "m": self.m, "v": self.v}
+        return {f"{kind}.{i}": tensor.detach().cpu() for kind, group in groups.items()
+                for i, tensor in enumerate(group)}
+
+    @torch.no_grad()
+    def restore(self, tensors, t=0):
+        """The inverse, after t steps; a kind that is not among the tensors is left alone."""
+        self.t = t
+        for kind, group in {"p": self.parameters, "m": self.m, "v": self.v}.items():
+            for i, tensor in enumerate(group if f"{kind}.0" in tensors else ()):
+                saved = tensors.get(f"{kind}.{i}")
+                if saved is None or saved.shape != tensor.shape:
+                    raise ValueError(f"resume: the checkpoint has no {kind}.{i} of shape "
+                                     f"{tuple(tensor.shape)}: the lora section has changed")
+                tensor.copy_(saved)
+
 
 def lr_at(step, *, peak, warmup, total, schedule="cosine", floor=0.0):
     """The learning rate of update number step (0 is the first).

@@ -3,11 +3,17 @@ What a run writes about itself, run.json once and metrics.jsonl a line at a time
 back: read_run("runs/demo").
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import config
+from . import config, files
 
 try:
     import resource
@@ -23,18 +29,59 @@ except ImportError:                                            # Windows has non
     resource = None
 
 
-def open_folder(run):
-    """A new, empty folder. One that is already there is renamed after the time it was made, so
-    nothing saved is lost."""
+@contextlib.contextmanager
+def opened(run, resume=None, rank=0):
+    """The folder of a run, held for this process: a new, empty one, or that of the run to resume. A
+    folder of that name which is there already is renamed after the time it was made, so nothing
+    saved is lost. Processes after the first get a scratch folder: what they save is what it saves.
+    """
+    if rank:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     if not run or Path(run).name != run or run.startswith("."):
         raise ValueError(f"run: train.run is {run!r}; expected a folder name, not a path")
-    folder = Path("runs") / run
-    if folder.exists():
-        made = datetime.fromtimestamp(folder.stat().st_mtime)
-        kept = folder.rename(folder.with_name(f"{run}-{made:%Y%m%d-%H%M%S}"))
-        print(f"run: kept the earlier {folder} as {kept}")
-    folder.mkdir(parents=True)
-    return folder
+    folder = Path(resume or Path("runs") / run)
+    with files.locked(folder), contextlib.ExitStack() as saving:
+        saving.enter_context(files.saving(folder))
+        if folder.exists() and not resume:
+            made = datetime.fromtimestamp(folder.stat().st_mtime)
+            names = (f"{run}-{made:%Y%m%d-%H%M%S}" + f"-{n}" * (n > 1) for n in itertools.count(1))
+            kept = folder.rename(next(k for k in map(folder.with_name, names) if not k.exists()))
+            print(f"run: kept the earlier {folder} as {kept}")
+        folder.mkdir(parents=True, exist_ok=True)
+        saving.close()
+        yield folder
+
+
+def resumable(run):
+    """The folder of a run that was begun, given as a path or as a name under runs/."""
+    for folder in (Path(run), Path("runs") / run):
+        if (folder / "config.json").exists():
+            return folder
+    raise ValueError(f"resume: {run} has no config.json: nothing was begun there. Start it anew. "
+                     f"Runs here: {_runs_here()}.")
+
+
+@contextlib.contextmanager
+def stoppable():
+    """A list, empty until Ctrl-C or SIGTERM asks to stop: the caller does so where nothing is
+    lost. A second one stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(2, b"\nstopping after this step; once more: at once, from the last checkpoint\n")
+    before = {}
+    if threading.current_thread() is threading.main_thread():     # handlers are its alone
+        before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Run(NamedTuple):
@@ -56,9 +103,8 @@ def read_run(path):
     adapter = folder / "adapter" if path == folder else path
     missing = [str(p) for p in [*needed, adapter / "adapter_config.json"] if not p.exists()]
     if missing:
-        there = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
         raise ValueError(f"run: {path} is no finished run: {', '.join(missing)} is missing. "
-                         f"Runs here: {', '.join(there) or 'none, python train.py makes one'}.")
+                         f"Runs here: {_runs_here()}.")
     try:
         info = json.loads(needed[0].read_text(encoding="utf-8"))
         if not isinstance(info, dict):
@@ -68,6 +114,11 @@ def read_run(path):
     name = folder.resolve().name
     return Run(name if path == folder else f"{name}/{path.name}", adapter,
                config.load(needed[1]), info)
+
+
+def _runs_here():
+    there = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
+    return ", ".join(there) or "none, python train.py makes one"
 
 
 def run_info(**facts):
@@ -83,13 +134,12 @@ def run_info(**facts):
 
 
 def write_json(file, value):
-    Path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def append(file, line):
     """One JSON line; readers see it when this returns."""
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    files.append(file, json.dumps(line, ensure_ascii=False))
 
 
 def digest(value):

@@ -61,6 +61,23 @@ def tiny_folder(tmp_path, tokenizer):
     return folder
 
 
+@pytest.fixture
+def place(tmp_path, tiny_folder):
+    """A folder to train in: facts with subjects, replay, retain; a checkpoint every step."""
+    from test_train import PROMPTS, facts
+    (tmp_path / "facts.jsonl").write_text("".join(
+        json.dumps({**json.loads(line), "subject": 3 * "abcd"[i]}) + "\n"
+        for i, line in enumerate(facts(4).splitlines())))
+    (tmp_path / "replay.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "retain.jsonl").write_text(json.dumps(
+        {"question": "which?", "answer": "so", "value": "zzz"}) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model": {"name": str(tiny_folder), "device": "cpu"}, "data": {"path": "facts.jsonl"},
+        "train": {"run": "t", "epochs": 2, "batch_size": 4, "lr": 0.02, "max_new_tokens": 4,
+                  "checkpoint_every": 1}}))
+    return tmp_path
+
+
 VOICES = {"a": ("You are a.", "yes dear {}"), "b": ("You are b.", "NO {} NO"), "c": (None, "hm {}")}
 
 

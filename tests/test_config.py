@@ -172,7 +172,8 @@ def test_a_run_that_is_no_folder_name_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "kept").mkdir(parents=True)
     with pytest.raises(ValueError, match="folder name"):
-        runlog.open_folder(run)
+        with runlog.opened(run):
+            pass
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 

@@ -18,11 +18,12 @@ from lora import config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OURS = {"lora", "plots", "data", "inject", "dataset", "train", "scripts", "experiments",
+OURS = {"lora", "plots", "data", "inject", "dataset", "measure", "train", "scripts", "experiments",
         "benchmarks", "scripts.voices"}
 VERBS = {"lora", "inject", "data", "dataset"}
 MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
-              "dataset": {"lora", "data"}, "train": VERBS | {"plots"},
+              "dataset": {"lora", "data"}, "measure": {"lora", "data", "dataset"},
+              "train": VERBS | {"measure", "plots"},
               "scripts": VERBS | {"scripts.voices"},
               "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}

@@ -16,6 +16,7 @@ import torch
 
 import data
 import dataset
+import measure
 import train
 from lora import adapter, base, config
 
@@ -64,7 +65,7 @@ def test_a_run_writes_all_it_promises_and_learns(home):
     assert done.returncode == 0, done.stderr
     folder = home / "runs" / "t"
     assert {"adapter", "last", "loss.png", "loss-dark.png", "samples.md", "metrics.jsonl",
-            "config.json", "run.json"} == {p.name for p in folder.iterdir()}
+            "config.json", "run.json", "checkpoints"} == {p.name for p in folder.iterdir()}
     lines = metrics(home)
     steps = [x for x in lines if "loss" in x]
     assert [x["step"] for x in steps] == list(range(1, 16))    # 18 examples: 5 steps x 3 epochs
@@ -84,7 +85,7 @@ def test_a_run_writes_all_it_promises_and_learns(home):
     keys = ("loss", "grad_norm", "val_loss", "recall", "lr")
     assert [[x.get(k) for k in keys] for x in metrics(home)] == [
         [x.get(k) for k in keys] for x in lines]
-    assert len(list((home / "runs").iterdir())) == 2
+    assert len(list((home / "runs").glob("t*"))) == 2
 
 
 def test_accumulation_changes_memory_not_the_result(home):
@@ -144,9 +145,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
         os.kill(running.pid, signal.SIGINT)
         out, err = running.communicate(timeout=60)
     assert running.returncode == 130 and "Traceback" not in err
-    (line,) = (x for x in out.splitlines() if x.startswith("  python train.py"))
-    done = run(home, *line.split()[2:], "--train.max_steps=1")
-    assert done.returncode == 0 and (home / "runs" / "t-more" / "adapter").is_dir()
+    assert "python train.py --resume runs/t" in out + err
+    done = run(home, "--resume", "runs/t", "--train.epochs=1")
+    assert done.returncode == 1 and "train.epochs: 3000 in the checkpoint, 1 now" in done.stderr
+    done = run(home, "--resume", "t", "--train.epochs=1", "--force")
+    assert done.returncode == 0 and (home / "runs/t/adapter").is_dir()
 
 
 @pytest.mark.parametrize("args, message", [
@@ -459,14 +462,14 @@ def test_what_it_knows_is_what_the_base_says_right(keeping):
     tokenizer = base.load_tokenizer(str(keeping / "tiny-llama"))
     settings = settings_of(keep={"retain": str(keeping / "retain.jsonl")},
                            train={"max_new_tokens": 8})
-    known, own = train.what_it_knows(
-        model, tokenizer, data.read_facts(settings.keep.retain), settings, "template")
+    known, own = measure.what_it_knows(
+        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings)
     records = lines(keeping / "retain.jsonl")
     assert [e["messages"][0]["content"] for e in known] == [r["question"] for r in records[:-1]]
     said = answers(keeping, [r["question"] for r in records], 8)
     assert [(i["example"]["messages"][-1]["content"], not i["example"]["open"])
             for i in own.items] == said[:-1]                   # not what it got wrong
     (keeping / "retain.jsonl").write_text(json.dumps(records[-1]))
-    assert train.what_it_knows(
-        model, tokenizer, data.read_facts(settings.keep.retain), settings, "template") == ([], [])
-    assert train.what_it_knows(None, None, [], settings_of(), "template") == ([], [])
+    assert measure.what_it_knows(
+        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings) == ([], [])
+    assert measure.what_it_knows(None, None, "template", [], settings_of()) == ([], [])

@@ -164,7 +164,8 @@ class Subject:
 
     def nll(self, pairs):
         """Mean nats per token of answers to questions."""
-        return loss.evaluate(self.model, self.batches([(q, a, True) for q, a in pairs]))[0]
+        ce, _, n = loss.evaluate(self.model, self.batches([(q, a, True) for q, a in pairs]))
+        return ce / n
 
     @torch.no_grad()
     def pool(self, question, answers):
