@@ -2,12 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 from safetensors.torch import load_file
-from test_resume import TIMING
+from test_resume import TIMING, ended, fork, start
 from test_train import KEEP, ROOT
 
 import measure
@@ -19,12 +20,18 @@ def home(place):
     return place
 
 
-def torchrun(home, n, *args, env=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={n}", str(ROOT / "train.py"), *args]
-    return subprocess.run(command if n > 1 else [sys.executable, str(ROOT / "train.py"), *args],
-                          cwd=home, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+def together(home, n, *args, before=lambda: None):
+    """train.main in n processes, as torchrun starts them; returns the first one's words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    forks = [start(home, *args, before=before, words=f"words-{i}.txt",
+                   env={**world, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
+    codes = [ended(child) for child in forks]
+    words = [(home / f"words-{i}.txt").read_text() for i in range(n)]
+    assert codes == [0] * n, "\n".join(words)
+    return words[0]
 
 
 def outcome(home, run):
@@ -54,39 +61,40 @@ FLAGS = ("--train.lr=0.001", "--train.max_steps=4", "--train.eval_every=2")
     (3, ("--model.shard=true", "--train.batch_size=4", *KEEP)),
 ], ids=["2", "3-uneven", "3-keep", "2-window", "3-sharded"])
 def test_several_processes_are_one(home, n, flags):
-    one = torchrun(home, 1, *FLAGS, *(f for f in flags if "shard" not in f), "--train.run=one")
-    many = torchrun(home, n, *FLAGS, *flags, "--train.run=many")
-    assert one.returncode == 0 and many.returncode == 0, one.stderr + many.stderr
-    assert f"{n} processes" in many.stdout and many.stdout.count("best: step") == 1
+    fork(home, *FLAGS, *(f for f in flags if "shard" not in f), "--train.run=one")
+    words = together(home, n, *FLAGS, *flags, "--train.run=many")
+    assert f"{n} processes" in words and words.count("best: step") == 1
     assert_same(outcome(home, "one"), outcome(home, "many"))
+    assert sorted(p.name for p in (home / "runs").iterdir() if p.is_dir()) == ["many", "one"]
 
 
 def test_a_last_window_with_fewer_samples_than_processes(home):
     flags = ("--train.lr=0.001", "--train.batch_size=11", "--train.epochs=1")   # 12 examples
-    for n, run in ((1, "one"), (3, "many")):
-        done = torchrun(home, n, *flags, f"--train.run={run}")
-        assert done.returncode == 0, done.stderr
+    fork(home, *flags, "--train.run=one")
+    together(home, 3, *flags, "--train.run=many")
     assert_same(outcome(home, "one"), outcome(home, "many"))
 
 
 def test_a_killed_process_ends_the_job_and_any_number_resumes_it(home):
-    whole = torchrun(home, 1, *FLAGS, "--train.run=one")
-    assert whole.returncode == 0
+    """With torchrun itself: its second process dies at the end of the third step."""
+    fork(home, *FLAGS, "--train.run=one")
     (home / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "if os.environ.get('RANK') == '1':\n"
         "    def hook(event, args, seen=[]):\n"
-        "        if event == 'open' and 'metrics.jsonl' in str(args[0]):\n"
+        "        if event == 'open' and 'metrics.jsonl' in str(args[0]) and args[1] == 'a':\n"
         "            seen.append(1)\n"
         "            len(seen) == 4 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    sys.addaudithook(hook)\n")
-    args = (*FLAGS, "--train.run=many", "--train.checkpoint_every=1")
-    killed = torchrun(home, 2, *args, env={"PYTHONPATH": str(home)})
+    killed = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "train.py"), *FLAGS, "--train.run=many", "--train.checkpoint_every=1"],
+        cwd=home, text=True, capture_output=True, env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(home)})
     assert killed.returncode != 0
-    assert "another process of this job is gone" in killed.stderr or "SIGKILL" in killed.stderr
-    done = torchrun(home, 3, "--resume", "runs/many")
-    assert done.returncode == 0, done.stderr
-    assert "resume: from step" in done.stdout
+    assert "error: parallel: another process of this job is gone" in killed.stderr
+    words = together(home, 3, "--resume", "runs/many")
+    assert "resume: from step 2" in words or "resume: from step 3" in words
     assert_same(outcome(home, "one"), outcome(home, "many"))
 
 

@@ -35,33 +35,41 @@ def home(place):
     return place
 
 
-def fork(home, *args, before=lambda: None):
-    """Run train.main in a fork; returns (what it exited with, minus the signal that killed it; its
-    words)."""
-    words = home / "words.txt"
+def start(home, *args, before=lambda: None, env=None, words="words.txt"):
+    """Run train.main in a fork of this process; returns the fork's number."""
     child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.chdir(home)
-            torch.set_num_threads(1)
-            with open(words, "w") as out, contextlib.redirect_stdout(out), \
-                    contextlib.redirect_stderr(out):
-                try:
-                    before()
-                    train.main(list(args))
-                    code = 0
-                except ValueError as error:
-                    print(f"error: {error}")
-                    code = 1
-                except SystemExit as stopped:
-                    code = stopped.code
-                except KeyboardInterrupt:
-                    code = 130
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status), words.read_text()
+    if child:
+        return child
+    code = 70
+    try:
+        os.chdir(home)
+        os.environ |= env or {}
+        torch.set_num_threads(1)
+        with open(words, "w") as out, contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(out):
+            try:
+                before()
+                train.main(list(args))
+                code = 0
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                code = 1
+            except SystemExit as stopped:
+                code = stopped.code
+            except KeyboardInterrupt:
+                code = 130
+    finally:
+        os._exit(code)
+
+
+def ended(child):
+    """What a fork exited with, minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fork(home, *args, before=lambda: None):
+    """(what a run exited with, its words)."""
+    return ended(start(home, *args, before=before)), (home / "words.txt").read_text()
 
 
 def result(folder):
