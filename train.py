@@ -33,6 +33,7 @@ from lora import (
     loss,
     memory,
     meter,
+    quant,
     runlog,
     surgery,
 )
@@ -55,10 +56,12 @@ def main(argv):
     extras, per_epoch = extra_examples(examples[0], settings)
     retain = data.with_system(data.read_facts(settings.keep.retain), settings.data.system,
                               settings.train.seed)
-    model = base.load_model(folder_or_id, device, dtype)
-    base_weights = base.fingerprint(model)
-    print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
-          f"format: {train_set.format}")
+    model = base.load_model(folder_or_id, "cpu", dtype)
+    base_weights = base.fingerprint(model)            # of the dense base, whatever quant says
+    quantised = quant.quantise(model, settings.model.quant, device)
+    print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}"
+          + f", {len(quantised)} linear layers in {settings.model.quant}" * bool(quantised)
+          + f"; format: {train_set.format}")
 
     # ----- adapters; the seed first, so that A is the same in every run
     torch.manual_seed(settings.train.seed)

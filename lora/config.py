@@ -26,6 +26,7 @@ class ModelConfig:
     name: str = "smollm2-135m-instruct"  # known model, folder or hub id
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
+    quant: Literal["none", "nf4", "int8"] = "none"  # linear layers of the base in 4 or 8 bits
     adapter: str | None = None  # folder of an adapter to go on from, instead of a fresh one
 
 
