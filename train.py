@@ -37,7 +37,7 @@ from lora import (
     runlog,
     surgery,
 )
-from lora.optim import AdamW, lr_at
+from lora.optim import lr_at
 
 
 def main(argv):
@@ -236,7 +236,8 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retai
     metrics, before, first = folder / "metrics.jsonl", answers(asked), evaluate(0)
     runlog.append(metrics, first)
     print(f"step 0: {show(first)}")
-    optimizer = AdamW(surgery.adapter_parameters(model), s.betas, s.eps, s.weight_decay)
+    optimizer = quant.optimizer(s.optimizer, surgery.adapter_parameters(model), s.betas, s.eps,
+                                s.weight_decay)
     best, stale, done, seen, clock = None, 0, 0, 0, time.perf_counter()
     sums = []                                         # of this epoch: (loss, hits, tokens)
     bar = tqdm(plan, unit="step", dynamic_ncols=True, disable=None)
