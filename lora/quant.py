@@ -14,8 +14,8 @@ QLoRA, Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3:
           above 6 (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339). Training on a CPU does not
           round inputs, its evaluations do; checkpointing saves little there.
 
-W is dequantised for each product, forward and backward, in the dtype it had, and gets no gradient;
-A and B are float32 as ever. Of the steps known as prepare_model_for_kbit_training:
+nf4's W is dequantised for each product, forward and backward, to the dtype it had. No W gets a
+gradient; A and B are float32 as ever. Of the steps known as prepare_model_for_kbit_training:
 
     freeze everything            inject does, for a dense base too
     norms, head, embeddings      not to float32: float16 overflows in them, bfloat16 has float32's
