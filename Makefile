@@ -103,6 +103,6 @@ clean:
 	.venv-vllm/bin/vllm --version
 	@touch $@
 
-.venv/dev.done: requirements-dev.txt .venv/run.done
+.venv/dev.done: requirements-dev.txt requirements-quant.txt .venv/run.done
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

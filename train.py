@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import dataset
 import measure
-from inject import inject, report
+from inject import find_blocks, inject, report
 from lora import (
     adapter,
     advice,
@@ -41,10 +41,11 @@ from lora import (
     loss,
     memory,
     parallel,
+    quant,
     runlog,
     surgery,
 )
-from lora.optim import AdamW, lr_at
+from lora.optim import lr_at
 
 
 def main(argv):
@@ -71,10 +72,13 @@ def main(argv):
     extras, per_epoch = extra_examples(examples[0], settings)
     retain = data.with_system(data.read_facts(settings.keep.retain), settings.data.system,
                               settings.train.seed)
-    model = base.load_model(folder_or_id, device, dtype)
-    base_weights = base.fingerprint(model)
-    print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
-          f"format: {train_set.format}")
+    model = base.load_model(folder_or_id, "cpu", dtype)
+    base_weights = base.fingerprint(model)            # of the dense base, whatever quant says
+    sharded = settings.model.shard and parallel.world() > 1
+    quantised = quant.quantise(model, settings.model.quant, "cpu" if sharded else device)
+    print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}"
+          + f", {len(quantised)} linear layers in {settings.model.quant}" * bool(quantised)
+          + f"; format: {train_set.format}")
 
     # ----- adapters; the seed first, so that A is the same in every run and process
     torch.manual_seed(settings.train.seed)
@@ -110,8 +114,8 @@ def main(argv):
             extras = complete(extras, model, tokenizer, train_set.format, folder)
             train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
 
-        result = fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain,
-                     identity, saved)
+        result = fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoch,
+                     retain, identity, saved)
         from plots.figures import draw
         draw(folder)
     print(f"\n{result}\nrun: {folder}/ holds adapter/ (the best), last/, loss.png, samples.md, "
@@ -222,13 +226,14 @@ def windows(pools, batch_size, epochs, max_steps, seed):
     return made[:total]
 
 
-def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retain, identity, saved):
+def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoch, retain, identity,
+        saved):
     """The loop. Leaves the best adapter in the model and on disk; returns what it reached. saved:
     (tensors, state) of a checkpoint to go on from, or None."""
-    s, device = settings.train, model.device
+    s = settings.train
     base_name = fetch.public_name(settings.model.name)
     pad_id = tokenizer.pad_token_id or 0
-    layout, lean = speed_up(model, settings)
+    layout, lean = speed_up(model, settings, device)
     if s.grad_accum == "auto":                        # as many rows as the token budget takes
         longest = max(len(item["input_ids"]) for item in train_set.items)
         size = min(s.batch_size, max(1, s.token_budget // longest))
@@ -253,7 +258,8 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retai
 
     # ----- where the run is: all of this, and the optimizer, is in a checkpoint
     at = SimpleNamespace(step=0, size=size, seen=0, seconds=0.0, sums=[], best=None, stale=0)
-    optimizer = AdamW(surgery.adapter_parameters(model), s.betas, s.eps, s.weight_decay)
+    optimizer = quant.optimizer(s.optimizer, surgery.adapter_parameters(model), s.betas, s.eps,
+                                s.weight_decay)
     metrics, best_weights = folder / "metrics.jsonl", []
 
     def batches(items):
@@ -420,14 +426,20 @@ def fit(model, tokenizer, train_set, val_set, settings, folder, per_epoch, retai
             + f" (before training: {measure.show(first)})" * bool(val_set))
 
 
-def speed_up(model, settings):
-    """Switch on what train asks for and this model can do; the loss is the same either way.
-    Returns micro_batches' layout and ce_sum's lean."""
+def speed_up(model, settings, device):
+    """Switch on what train asks for and this model can do, and split the base over processes where
+    model.shard says so; the loss is the same either way. Returns micro_batches' layout and ce_sum's
+    lean."""
     s, layout = settings.train, settings.train.layout
     for layer in surgery.lora_layers(model).values():
         layer.fused = s.fused_lora
     if s.fused_leaves:
         leaves.fuse(model)
+    if settings.model.shard and parallel.world() > 1:         # after fuse: it tries each module
+        whole, here = parallel.shard(model, find_blocks(model)[1])
+        model.to(device)
+        print(f"model: its blocks are split, {here / 2**30:.2f} GiB here instead of "
+              f"{whole / 2**30:.2f}")
     if s.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     reason = flat.enable(model) if layout != "padded" else None

@@ -26,6 +26,7 @@ class ModelConfig:
     name: str = "smollm2-135m-instruct"  # known model, folder or hub id
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
+    quant: Literal["none", "nf4", "int8"] = "none"  # linear layers of the base in 4 or 8 bits
     adapter: str | None = None  # folder of an adapter to go on from, instead of a fresh one
     shard: bool = False  # with torchrun: each process holds a share of the base (FSDP2)
 
@@ -84,6 +85,7 @@ class TrainConfig:
     fused_lora: bool = True  # LoRA's gradients by hand; false: plain autograd
     fused_leaves: bool = True  # norms and gates keep their inputs alone; false: plain autograd
     checkpointing: bool = False  # keep blocks' inputs alone, compute each twice: less memory
+    optimizer: Literal["ours", "adamw8bit", "paged_adamw8bit"] = "ours"  # AdamW; paged: CUDA
     lr: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int = 5  # steps of linear warm-up
@@ -127,6 +129,7 @@ RANGES = {  # the numbers a setting may have: from the first to the second, both
 
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
+    "load_in_4bit": "model.quant", "load_in_8bit": "model.quant", "optim": "train.optimizer",
     "model_name": "model.name", "learning_rate": "train.lr", "num_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size", "max_seq_length": "dataset.max_length",
     "gradient_accumulation_steps": "train.grad_accum", "num_train_epochs": "train.epochs"}

@@ -58,12 +58,12 @@ def fuse(model):
     """Give norms and gated MLPs whose formula is one of the above a forward that uses it, each
     after a trial: a module keeps its own forward unless both give the same bits. Returns how many
     changed. Their weights must be frozen: no gradient is made for them."""
-    changed = 0
+    changed, dtype = 0, next(p.dtype for p in model.parameters())         # of hidden states
     for module in model.modules():
         for forward in _candidates(module):
             like = next(module.parameters())
             d = like.shape[-1] if like.dim() == 1 else module.gate_proj.in_features
-            x = torch.randn(1, 4, d, device=like.device).to(like.dtype)
+            x = torch.randn(1, 4, d, device=like.device).to(dtype)
             if torch.equal(forward(x), module.forward(x)):
                 module.forward = forward
                 changed += 1

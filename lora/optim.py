@@ -48,21 +48,28 @@ class AdamW:
 
     def tensors(self):
         """Parameters and moments by name, p.0, m.0, v.0, p.1 ..., on the CPU: for a checkpoint."""
-        groups = {"p": self.parameters, "m": self.m, "v": self.v}
-        return {f"{kind}.{i}": tensor.detach().cpu() for kind, group in groups.items()
-                for i, tensor in enumerate(group)}
+        return {f"{kind}.{i}": tensor.detach().cpu() for kind, group in (
+            ("p", self.parameters), ("m", self.m), ("v", self.v)) for i, tensor in enumerate(group)}
 
-    @torch.no_grad()
     def restore(self, tensors, t=0):
-        """The inverse, after t steps; a kind that is not among the tensors is left alone."""
+        """The inverse, after t steps; without moments among the tensors, of the parameters alone.
+        Raises ValueError if the shapes are others."""
         self.t = t
-        for kind, group in {"p": self.parameters, "m": self.m, "v": self.v}.items():
-            for i, tensor in enumerate(group if f"{kind}.0" in tensors else ()):
-                saved = tensors.get(f"{kind}.{i}")
-                if saved is None or saved.shape != tensor.shape:
-                    raise ValueError(f"resume: the checkpoint has no {kind}.{i} of shape "
-                                     f"{tuple(tensor.shape)}: the lora section has changed")
-                tensor.copy_(saved)
+        copy_into(self.parameters, tensors, "p")
+        if "m.0" in tensors:
+            copy_into(self.m, tensors, "m")
+            copy_into(self.v, tensors, "v")
+
+
+@torch.no_grad()
+def copy_into(group, tensors, kind):
+    """Fill a list of tensors with those of a checkpoint, kind.0, kind.1 ..."""
+    for i, tensor in enumerate(group):
+        saved = tensors.get(f"{kind}.{i}")
+        if saved is None or saved.shape != tensor.shape:
+            raise ValueError(f"resume: the checkpoint has no {kind}.{i} of shape "
+                             f"{tuple(tensor.shape)}: the lora section has changed")
+        tensor.copy_(saved)
 
 
 def lr_at(step, *, peak, warmup, total, schedule="cosine", floor=0.0):

@@ -93,8 +93,13 @@ def all_alive():
 
 def shard(model, blocks):
     """Split the frozen weights of each block over the processes (FSDP2, fully_shard); a block is
-    whole only while it computes. Adapters stay whole on every process: add_up() sums them.
-    Zhao et al. 2023, arXiv:2304.11277, section 3."""
+    whole only while it computes. Adapters stay whole on every process: add_up() sums them. Returns
+    the blocks' bytes before and here. Zhao et al. 2023, arXiv:2304.11277, section 3."""
     from torch.distributed.fsdp import fully_shard
+    whole = sum(p.nbytes for block in blocks for p in block.parameters())
+    if any(not p.is_floating_point() for block in blocks for p in block.parameters()):
+        raise ValueError("parallel: model.shard splits dense weights; set model.quant to none")
     for block in blocks:
         fully_shard(block, ignored_params=set(surgery.adapter_parameters(block)))
+    return whole, sum(getattr(p, "to_local", lambda p=p: p)().nbytes
+                      for block in blocks for p in block.parameters())

@@ -62,6 +62,7 @@ def adapter_parameters(model):
 
 
 def count(model):
-    """(trainable, all) parameters. A 4-bit weight counts its packed elements."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) parameters; a 4-bit weight is packed, but its state knows its shape."""
+    sizes = [(getattr(p, "quant_state", p).shape.numel(), p.requires_grad)
+             for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -279,7 +279,8 @@ def foot(voices, heldout, prompts, options, argv):
                for n in voices.runs}
     return [["command", shlex.join(["python", "-m", "scripts.compare", *argv])],
             ["seed", str(options.seed)],
-            ["device", f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}"],
+            ["device", f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}"
+             + f", base in {voices.quant}" * (voices.quant != "none")],
             ["versions", ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))],
             ["base weights", one.get("base_weights", "")], ["chat template", one["template"]],
             ["prompts", runlog.digest([p["messages"] for p in prompts])],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dataset
-from lora import base, fetch, loss, runlog, text
+from lora import base, fetch, loss, quant, runlog, text
 from lora.bank import Bank
 from lora.generate import generate
 
@@ -28,7 +28,8 @@ class Answer(NamedTuple):
 
 class Voices:
     """model, tokenizer and bank of several runs; runs is {name: Run}, problems are sentences about
-    what does not match the training (checks has all that was looked at). Raises ValueError if they
+    what does not match the training (checks has all that was looked at). The base is quantised as
+    the first run's settings say; with a dtype asked for it is dense. Raises ValueError if they
     cannot be on one base."""
 
     def __init__(self, paths, device="auto", dtype="auto"):
@@ -44,12 +45,16 @@ class Voices:
         self.folder = fetch.find(settings.name)
         self.device = base.pick_device(settings.device if device == "auto" else device)
         self.dtype = base.pick_dtype(settings.dtype if dtype == "auto" else dtype, self.device)
+        self.quant = settings.quant if dtype == "auto" else "none"
         self.tokenizer = base.load_tokenizer(self.folder)
-        self.model = base.load_model(self.folder, self.device, self.dtype)
+        self.model = base.load_model(self.folder, "cpu", self.dtype)
+        weights = base.fingerprint(self.model)
+        quant.quantise(self.model, self.quant, self.device)
         self.bank = Bank(self.model)
         for run in runs:
             self.bank.add(run.name, run.adapter)
-        self.checks = {run.name: list(checks(run, self.tokenizer, self.model)) for run in runs}
+        self.checks = {run.name: list(checks(run, self.tokenizer, weights, self.quant))
+                       for run in runs}
         self.problems = [f"{name}: {what}: {problem}" for name, found in self.checks.items()
                          for what, problem in found if problem]
 
@@ -121,18 +126,19 @@ def is_cjk(messages):
     return sum(len(w) == 1 and w > "\u3040" for w in said) > len(said) / 2
 
 
-def checks(run, tokenizer, model):
-    """[(what, problem)]: is what a run was trained with what is at hand? "" if so. The model is the
-    plain base."""
+def checks(run, tokenizer, weights, quant):
+    """[(what, problem)]: is what a run was trained with what is at hand? "" if so. weights is the
+    fingerprint of the dense base, quant what was made of it."""
     info, written = run.info, json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
-    own, weights = runlog.digest(tokenizer.chat_template or ""), base.fingerprint(model)
+    own, trained = runlog.digest(tokenizer.chat_template or ""), run.settings.model.quant
     before = "run.json does not say: the run is older than this check"
     named = written.get("base_model_name_or_path")
     yield "base model", "" if named == info.get("base_model") else (
         f"the adapter is of {named}, the run of {info.get('base_model')}")
-    yield "base weights", "" if weights == info.get("base_weights") else (
-        f"they are {weights}, training used {info['base_weights']}" if "base_weights" in info
-        else before)
+    yield "base weights", before if "base_weights" not in info else (
+        f"they are {weights}, training used {info['base_weights']}"
+        if weights != info["base_weights"] else
+        "" if trained == quant else f"quantisation is {quant}, training used {trained}")
     yield "chat template", "" if own == info.get("template") else (
         f"it is {own}, training used {info.get('template')}: the model will read other tokens than "
         "it was trained on")

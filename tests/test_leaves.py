@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import make_model
 from test_flat import MODELS, adapted, samples
 from test_loss import assert_same_step, step
 
@@ -49,3 +50,9 @@ def test_a_step_keeps_less():
     before = memory.estimate(model, batch, batch)["activations"]
     leaves.fuse(model)
     assert memory.estimate(model, batch, batch)["activations"] < 0.95 * before
+
+
+def test_a_bfloat16_model_with_float32_adapters_in_its_mlps_is_fused():
+    model = make_model().bfloat16()
+    inject(model, r=2, lora_alpha=2)
+    assert leaves.fuse(model) == 7

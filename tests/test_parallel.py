@@ -64,6 +64,7 @@ def test_several_processes_are_one(home, n, flags):
     fork(home, *FLAGS, *(f for f in flags if "shard" not in f), "--train.run=one")
     words = together(home, n, *FLAGS, *flags, "--train.run=many")
     assert f"{n} processes" in words and words.count("best: step") == 1
+    assert ("GiB here instead of" in words) == ("--model.shard=true" in flags)
     assert_same(outcome(home, "one"), outcome(home, "many"))
     assert sorted(p.name for p in (home / "runs").iterdir() if p.is_dir()) == ["many", "one"]
 
