@@ -102,7 +102,7 @@ def optimizer(kind, parameters, betas, eps, weight_decay):
             key, _, i = name.rpartition(".")
             if key not in ("p", "best"):
                 p = parameters[int(i)]
-                made.state[p] |= {key: tensor.to(p.device), "step": t}
+                made.state[p] |= {key: tensor.to(p.device, copy=True), "step": t}
     return SimpleNamespace(parameters=parameters, step=step, zero_grad=made.zero_grad,
                            tensors=tensors, restore=restore)
 
