@@ -23,7 +23,7 @@ OURS = {"lora", "plots", "data", "inject", "dataset", "train", "scripts", "exper
 VERBS = {"lora", "inject", "data", "dataset"}
 MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
               "dataset": {"lora", "data"}, "train": VERBS | {"plots"},
-              "scripts": VERBS | {"scripts.voices"},
+              "scripts": VERBS | {"scripts.voices", "plots"},
               "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}
 RIVALS = {"benchmarks/arms.py"}
