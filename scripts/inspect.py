@@ -135,14 +135,10 @@ def print_updates(modules):
               f"{rank:9.1f} of {max(m['r'] for m in live)}")
     dead = data._by(lambda m: m["alarm"], modules)
     alive = len(dead.pop(None, []))
-    print(f"  {'ok   ' * bool(alive)}  {alive} modules with an update")
+    print(f"  {'ok   ' if alive else 'ERROR'}  {alive} modules with an update")
     for alarm, members in dead.items():
-        print(f"  ERROR  {alarm}: {shown(m['module'] for m in members)}")
-
-
-def shown(names, n=5):
-    names = list(names)
-    return ", ".join(names[:n]) + f" and {len(names) - n} more" * (len(names) > n)
+        print(f"  ERROR  {len(members)} modules: {alarm}: "
+              + ", ".join(m["module"] for m in members[:5]) + ", ..." * (len(members) > 5))
 
 
 # ----- the examples ------------------------------------------------------------------------------
@@ -232,12 +228,14 @@ def contradictions(examples):
 
 
 def print_ledger(found, n):
-    """The worst n of each kind, with what they lost and where they are."""
+    """The worst n of each kind: the loss under the base, where it was least, and at the end; the
+    probability of the whole answer at the end."""
     def show(e, sign=" "):
         path = e["nats_per_token"]
         low, (*_, end) = min(path, key=path.get), path
         said = (f"{name} {path[name]:.3f}" for name in dict.fromkeys(("base", low, end)))
-        print(f"   {sign}{e['source']}: {', '.join(said)}\n"
+        print(f"   {sign}{e['source']}: {', '.join(said)} nats a token; probability "
+              f"{math.exp(-path[end] * e['tokens']):.0%}\n"
               f"        {' '.join(e['answer'].split()):.80}")
 
     def last(e):
