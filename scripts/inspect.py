@@ -121,8 +121,8 @@ def print_updates(modules):
     """A line a projection, and what is dead."""
     rows = data._by(lambda m: m["projection"], modules)
     width = max(map(len, rows))
-    print(f"  {'update / weight':{width}}    mean    least            most             largest "
-          "direction   effective rank")
+    print(f"  {'update / weight':{width}}    mean    least             most              spectral norm "
+          "  effective rank")
     for projection, members in rows.items():
         live = sorted((m for m in members if m["ratio"] is not None), key=lambda m: m["ratio"])
         if not live:
@@ -131,8 +131,8 @@ def print_updates(modules):
                 for m in (live[0], live[-1])]
         share, spectral, rank = (mean(m[key] for m in live)
                                  for key in ("ratio", "spectral_ratio", "effective_rank"))
-        print(f"  {projection:{width}} {share:7.2%}    {ends[0]:16} {ends[1]:16} {spectral:17.2%} "
-              f"{rank:9.1f} of {max(m['r'] for m in live)}")
+        print(f"  {projection:{width}} {share:7.2%}    {ends[0]:17} {ends[1]:17} {spectral:13.2%} "
+              f"{rank:10.1f} of {max(m['r'] for m in live)}")
     dead = data._by(lambda m: m["alarm"], modules)
     alive = len(dead.pop(None, []))
     print(f"  {'ok   ' if alive else 'ERROR'}  {alive} modules with an update")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -107,12 +108,14 @@ def test_block_and_projection_are_read_off_the_path(monkeypatch, name, block, pr
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, home):
-    """A folder whose run learned "a?" first, then the rest without it: steps/000001 is of the first
+def told(tmp_path_factory):
+    """A folder whose run learned to say a first, then the rest without it: steps/000001 is of the first
     part; two lines of the data contradict each other."""
     folder = tmp_path_factory.mktemp("told")
-    lines = {"old": [("say a?", "red red")], "new": [("say b?", "blue"), ("say c?", "green"),
-                                                     ("Say  c?", "black as night, and cold")]}
+    make_model(pad_token_id=2, eos_token_id=2).save_pretrained(folder / "tiny")
+    make_tokenizer().save_pretrained(folder / "tiny")
+    lines = {"old": [("say a?", "red")],
+             "new": [("tell me b!", "blue"), ("say c?", "green"), ("Say  c?", "black")]}
     lines["all"] = lines["old"] + lines["new"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -122,13 +125,13 @@ def told(tmp_path_factory, home):
 
         def run(name, path, steps, **model):
             Path(f"{name}.json").write_text(json.dumps({
-                "model": {"name": str(home / "tiny"), "device": "cpu", **model}, "lora": {"r": 4},
+                "model": {"name": "tiny", "device": "cpu", **model}, "lora": {"r": 4},
                 "data": {"path": path, "val_fraction": 0}, "train": {
-                    "run": name, "max_steps": steps, "batch_size": 4, "lr": 0.03,
+                    "run": name, "max_steps": steps, "batch_size": 4, "lr": 0.02,
                     "max_new_tokens": 2}}))
             train.main(["--config", f"{name}.json"])
-        run("first", "old.jsonl", 20)
-        run("second", "new.jsonl", 40, adapter="runs/first/adapter")
+        run("first", "old.jsonl", 60)
+        run("second", "new.jsonl", 250, adapter="runs/first/adapter")
         run("told", "all.jsonl", 1)
         shutil.copytree("runs/first/adapter", "runs/told/steps/000001")
         for name in ("adapter", "last"):
@@ -147,9 +150,9 @@ def test_what_was_learned_forgotten_or_never_learned_is_found(copy, capsys):
     found = json.loads((copy / "inspect.json").read_text())["ledger"]
     by = {e["answer"]: e for e in found["examples"]}
     assert [e["source"] for e in found["examples"]] == [f"all.jsonl:{n}" for n in (1, 2, 3, 4)]
-    assert by["red red"]["verdict"] == "forgotten" and by["blue"]["verdict"] == "learned"
-    assert "never learned" in (by["green"]["verdict"], by["black as night, and cold"]["verdict"])
-    states = by["red red"]["nats_per_token"]
+    assert by["red"]["verdict"] == "forgotten" and by["blue"]["verdict"] == "learned"
+    assert "never learned" in (by["green"]["verdict"], by["black"]["verdict"])
+    states = by["red"]["nats_per_token"]
     assert list(states) == ["base", "steps/000001", "adapter", "last"]
     assert states["steps/000001"] < 0.2 < states["last"] and states["last"] == states["adapter"]
     out = capsys.readouterr().out
@@ -159,20 +162,20 @@ def test_what_was_learned_forgotten_or_never_learned_is_found(copy, capsys):
     assert "contradictions: 1\n    all.jsonl:3" in out and "   ≠all.jsonl:4" in out
 
 
-def test_the_base_of_the_ledger_is_the_plain_model(copy, home):
+def test_the_base_of_the_ledger_is_the_plain_model(copy):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     inspect.main([str(copy)])
     (e, *_) = json.loads((copy / "inspect.json").read_text())["ledger"]["examples"]
-    tokenizer = AutoTokenizer.from_pretrained(home / "tiny")
-    text = [{"role": "user", "content": "say a?"}, {"role": "assistant", "content": "red red"}]
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    text = [{"role": "user", "content": "say a?"}, {"role": "assistant", "content": "red"}]
     ids = tokenizer.apply_chat_template(text, return_dict=True, return_tensors="pt")["input_ids"]
-    said = tokenizer("red red<|im_end|>").input_ids
+    said = tokenizer("red<|im_end|>").input_ids
     start = ids.shape[1] - len(said) - 1              # a line break ends the turn
     assert ids[0, start:-1].tolist() == said
     labels = torch.full_like(ids, -100)
     labels[0, start:-1] = ids[0, start:-1]
     with torch.no_grad():
-        loss = AutoModelForCausalLM.from_pretrained(home / "tiny")(ids, labels=labels).loss
+        loss = AutoModelForCausalLM.from_pretrained("tiny")(ids, labels=labels).loss
     assert e["tokens"] == len(said)
     assert e["nats_per_token"]["base"] == pytest.approx(loss.item(), rel=1e-4)
 

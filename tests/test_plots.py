@@ -145,3 +145,7 @@ def test_the_heat_map_has_a_cell_for_each_update_and_marks_what_is_dead():
     for panel in (upper, lower):
         assert panel.lines[0].get_xydata().tolist() == [[1, 0]]
     assert "dead" in lower.get_xlabel()
+    dead = [module(block, "q", 0, "B is zero") for block in (0, 1)]
+    figure = heat_map(dead, "fresh", LIGHT)                              # nothing to shade
+    figure.canvas.draw()
+    assert figure.axes[0].images[0].get_array().mask.all()
