@@ -121,8 +121,8 @@ def print_updates(modules):
     """A line a projection, and what is dead."""
     rows = data._by(lambda m: m["projection"], modules)
     width = max(map(len, rows))
-    print(f"  {'update / weight':{width}}    mean    least             most              spectral norm "
-          "  effective rank")
+    print(f"  {'update / weight':{width}}    mean    least             most              "
+          "spectral norm   effective rank")
     for projection, members in rows.items():
         live = sorted((m for m in members if m["ratio"] is not None), key=lambda m: m["ratio"])
         if not live:

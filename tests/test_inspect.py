@@ -109,8 +109,8 @@ def test_block_and_projection_are_read_off_the_path(monkeypatch, name, block, pr
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """A folder whose run learned to say a first, then the rest without it: steps/000001 is of the first
-    part; two lines of the data contradict each other."""
+    """A folder with a run that learned line 1 first (steps/000001), then the others without it;
+    lines 3 and 4 contradict each other."""
     folder = tmp_path_factory.mktemp("told")
     make_model(pad_token_id=2, eos_token_id=2).save_pretrained(folder / "tiny")
     make_tokenizer().save_pretrained(folder / "tiny")
