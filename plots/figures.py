@@ -1,16 +1,19 @@
 """
 loss.png: training and validation loss over steps, the best step marked; below it recall where it
 was measured, and the learning rate. speed.png: samples a second of the trainers that were compared,
-and their losses. loss-dark.png and speed-dark.png are the same for a dark page.
+and their losses. inspect.png: how far the adapter moved each weight. loss-dark.png, speed-dark.png
+and inspect-dark.png are the same for a dark page.
 """
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 
 LIGHT = {"paper": "#ffffff", "ink": "#24292f", "faint": "#d0d7de",
          "train": "#3b82c4", "val": "#d9622b", "recall": "#2e9d5a", "lr": "#8b8f98"}
@@ -157,4 +160,51 @@ def bars(results, colours):
         panel.set_facecolor(colours["paper"])
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
+    return figure
+
+
+def draw_updates(run):
+    """Write inspect.png and inspect-dark.png of a folder's inspect.json; returns the first."""
+    found = json.loads((Path(run) / "inspect.json").read_text(encoding="utf-8"))
+    for end, colours in (("-dark.png", DARK), (".png", LIGHT)):
+        figure = heat_map(found["modules"], found["run"], colours)
+        figure.savefig(Path(run) / ("inspect" + end), dpi=150, facecolor=colours["paper"])
+        plt.close(figure)
+    return Path(run) / "inspect.png"
+
+
+def heat_map(modules, title, colours):
+    """A figure of an adapter's updates, a cell for each block and projection: above the update's
+    norm in % of the weight's, below its effective rank; more is further from the paper. The mean
+    where a cell has several modules (experts). x is a module with an alarm."""
+    modules = [m for m in modules if m["block"] is not None]
+    rows = list(dict.fromkeys(m["projection"] for m in modules))
+    blocks = range(1 + max((m["block"] for m in modules), default=0))
+    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
+                                       "ytick.color"), colours["ink"]))
+    figure, panels = plt.subplots(2, 1, figsize=(10, 1.6 + 0.56 * len(rows)), sharex=True,
+                                  layout="constrained")
+    shades = LinearSegmentedColormap.from_list(
+        "", [colours["paper"], colours["train"], colours["ink"]])
+    dead = [(m["block"], rows.index(m["projection"])) for m in modules if m["alarm"]]
+    for panel, key, unit, low, label in (
+            (panels[0], "ratio", 100, 0, "norm of the update\n(% of the weight's)"),
+            (panels[1], "effective_rank", 1, 1, "effective rank")):
+        cells = {}
+        for m in modules:
+            if not m["alarm"]:
+                cells.setdefault((m["projection"], m["block"]), []).append(unit * m[key])
+        means = [[sum(cells[row, block]) / len(cells[row, block]) if (row, block) in cells
+                  else math.nan for block in blocks] for row in rows]
+        mesh = panel.imshow(means, shades, aspect="auto", vmin=low)
+        figure.colorbar(mesh, ax=panel, label=label, pad=0.01).outline.set_visible(False)
+        if dead:
+            panel.plot(*zip(*dead, strict=True), "x", color=colours["val"])
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set_facecolor(colours["faint"])
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+    panels[0].set_title(title, loc="left", fontweight="bold", color=colours["ink"])
+    panels[1].set_xlabel("block" + " (x: an update that is dead)" * bool(dead))
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plots.figures import LIGHT, curves, draw, plt, read_metrics, smooth
+from plots.figures import LIGHT, curves, draw, heat_map, plt, read_metrics, smooth
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = {"step": 0, "val_loss": 2.1, "val_accuracy": 0.4, "recall": 0.0}
@@ -128,3 +128,24 @@ def test_benchmark_results_become_bars_and_curves(tmp_path):
     assert draw(tmp_path) == tmp_path / "speed.png"
     assert (tmp_path / "speed-dark.png").read_bytes().startswith(b"\x89PNG")
     assert not plt.get_fignums()
+
+
+def test_the_heat_map_has_a_cell_for_each_update_and_marks_what_is_dead():
+    def module(block, projection, ratio, alarm=None):
+        return {"block": block, "projection": projection, "ratio": ratio, "alarm": alarm,
+                "effective_rank": ratio and 2.0}
+    upper, lower, *_ = heat_map([
+        module(0, "q", 0.01), module(1, "q", None, "A or B is not finite"), module(2, "q", 0.02),
+        module(0, "up", 0.02), module(0, "up", 0.04), module(None, "lm_head", 0.5)], "demo",
+        LIGHT).axes
+    cells = upper.images[0].get_array()
+    assert cells.mask.tolist() == [[False, True, False], [False, True, True]]
+    assert cells.compressed().tolist() == pytest.approx([1, 2, 3])       # %; experts: their mean
+    assert [text.get_text() for text in lower.get_yticklabels()] == ["q", "up"]
+    for panel in (upper, lower):
+        assert panel.lines[0].get_xydata().tolist() == [[1, 0]]
+    assert "dead" in lower.get_xlabel()
+    dead = [module(block, "q", 0, "B is zero") for block in (0, 1)]
+    figure = heat_map(dead, "fresh", LIGHT)                              # nothing to shade
+    figure.canvas.draw()
+    assert figure.axes[0].images[0].get_array().mask.all()

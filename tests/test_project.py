@@ -24,7 +24,7 @@ VERBS = {"lora", "inject", "data", "dataset"}
 MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"lora"},
               "dataset": {"lora", "data"}, "measure": {"lora", "data", "dataset"},
               "train": VERBS | {"measure", "plots"},
-              "scripts": VERBS | {"scripts.voices"},
+              "scripts": VERBS | {"scripts.voices", "plots"},
               "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}
 RIVALS = {"benchmarks/arms.py"}
