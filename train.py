@@ -46,7 +46,7 @@ def main(argv):
     device = base.pick_device(settings.model.device)
     dtype = base.pick_dtype(settings.model.dtype, device)
     folder_or_id = fetch.find(settings.model.name)
-    tokenizer = base.load_tokenizer(folder_or_id)
+    tokenizer = base.load_tokenizer(folder_or_id, settings.model.trust_remote_code)
     examples = data.load(**asdict(settings.data), seed=settings.train.seed)
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
@@ -55,7 +55,7 @@ def main(argv):
     extras, per_epoch = extra_examples(examples[0], settings)
     retain = data.with_system(data.read_facts(settings.keep.retain), settings.data.system,
                               settings.train.seed)
-    model = base.load_model(folder_or_id, device, dtype)
+    model = base.load_model(folder_or_id, device, dtype, settings.model.trust_remote_code)
     base_weights = base.fingerprint(model)
     print(f"model: {settings.model.name} in {str(dtype).removeprefix('torch.')} on {device}; "
           f"format: {train_set.format}")
