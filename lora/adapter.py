@@ -25,7 +25,7 @@ from .surgery import lora_layers, wrap
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
-PATTERN = re.compile(r"\^?(\w|\\?\.|\.\*)+\$?")            # a name, some of it perhaps .* or \.
+PATTERN = re.compile(r"\^?(\w|\\?\.|\.\*|\|)+\$?")         # names, parts of them perhaps .* or \.
 
 
 def save(model, folder, base_name):

@@ -130,7 +130,8 @@ def _readable_errors(name):
         fix = ("Expected a model folder, a model that `python -m scripts.fetch_model` lists, or a "
                "hub id (which needs the hub).")
         if "trust_remote_code" in str(error):
-            fix = "That code was not run. If you trust it: --model.trust_remote_code=true"
+            fix = ("That code was not run. If you trust it: train.py, inject.py and dataset.py run "
+                   "it with --model.trust_remote_code=true")
         elif broken := folder and ", ".join(_damaged(folder)):
             fix = f"In this folder: {broken}. Copy it again, whole."
         raise ValueError(f"model: could not load {str(name)!r}: {reason}\n  {fix}") from error
@@ -163,4 +164,3 @@ def _damaged(folder):
                     pass
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             yield f"{file.name} is damaged ({error})"
-

@@ -44,9 +44,8 @@ class Voices:
         self.folder = fetch.find(settings.name)
         self.device = base.pick_device(settings.device if device == "auto" else device)
         self.dtype = base.pick_dtype(settings.dtype if dtype == "auto" else dtype, self.device)
-        self.tokenizer = base.load_tokenizer(self.folder, settings.trust_remote_code)
-        self.model = base.load_model(self.folder, self.device, self.dtype,
-                                     settings.trust_remote_code)
+        self.tokenizer = base.load_tokenizer(self.folder)
+        self.model = base.load_model(self.folder, self.device, self.dtype)
         self.bank = Bank(self.model)
         for run in runs:
             self.bank.add(run.name, run.adapter)
