@@ -72,8 +72,8 @@ def first_shard(spoil):
     (remove("config.json"), "config.json is missing"), (cut("config.json"), "config.json is damag"),
     (change("config.json", hidden_size="x"), "hidden_size"),
     (change("config.json", hidden_size=64), "of another shape"),
-    (change("config.json", num_attention_heads=0), "could not load"),
-    (change("config.json", model_type=["x"]), "could not load")])
+    (change("config.json", num_attention_heads=0), "Expected a model"),
+    (change("config.json", model_type=["x"]), "Expected a model")])
 def test_a_half_copied_model_is_named_by_file(tmp_path, spoil, words):
     make_model().save_pretrained(tmp_path, max_shard_size="60KB")
     make_tokenizer().save_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_a_half_copied_model_is_named_by_file(tmp_path, spoil, words):
     (remove("tokenizer.json"), "tokenizer.json is missing"),
     (cut("tokenizer.json"), "tokenizer.json is damaged"),
     (cut("tokenizer_config.json"), "tokenizer_config.json is damaged"),
-    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "could not load")])
+    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "Expected a model")])
 def test_a_half_copied_tokenizer_is_named_by_file(tiny_folder, spoil, words):
     spoil(tiny_folder)
     with pytest.raises(ValueError, match=f"(?s)model: could not load .*{words}"):
