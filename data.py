@@ -191,7 +191,7 @@ def read_examples(path):
             made = _convert(record, source)
             problems += [f"{source}: {p}" for example in made for p in check(example)]
             examples += made
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:      # deep: even its repr cannot be made
             problems.append(f"{source}: {error}")
     n_lines = sum(lines.values())
     if not (problems or examples):
@@ -216,7 +216,7 @@ def _records(path, problems, lines):
                 lines["blank"] += sum(not line.strip() for line in more)
                 source = str(path) if is_list else f"{path}:{n}"
                 try:
-                    records = json.loads(text) if text.strip() else []
+                    records = json.loads(text, object_pairs_hook=_once) if text.strip() else []
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{source}: not JSON: {error}")
                     continue
@@ -227,6 +227,14 @@ def _records(path, problems, lines):
     except OSError as error:
         raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
                          '.json file, or "data.py"') from error
+
+
+def _once(pairs):
+    """A JSON object whose keys differ: of two equal ones the first would be lost."""
+    keys = [key for key, _ in pairs]
+    if len(keys) > len(set(keys)):
+        raise ValueError(f"a key is there twice: {', '.join(keys):.60}")
+    return dict(pairs)
 
 
 BOM = "\ufeff".encode()
@@ -251,7 +259,7 @@ def _convert(record, source):
     if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
         raise ValueError(f"{', '.join(extra)}: {list(extra.values())}; expected texts")
     extra = {k: str(v) for k, v in extra.items()} | ({"open": True} if record.get("open") else {})
-    start = [("system", record["system"])] if record.get("system") else []
+    start = [("system", record["system"])] if record.get("system") not in (None, "") else []
     if "messages" in record:
         turns = _turns(record, "messages", "role", "content")
     elif "conversations" in record:
@@ -259,7 +267,8 @@ def _convert(record, source):
         turns = [(names.get(who, who), text)
                  for who, text in _turns(record, "conversations", "from", "value")]
     elif "instruction" in record and "output" in record:
-        asked = [record["instruction"], *filter(None, [record.get("input")])]
+        asked = [text for text in (record["instruction"], record.get("input"))
+                 if text not in (None, "")]
         if not all(isinstance(text, str) for text in asked):
             raise ValueError("instruction and input: expected texts")
         turns = [("user", "\n\n".join(asked)), ("assistant", record["output"])]

@@ -21,7 +21,6 @@ from os.path import commonprefix
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import data
@@ -85,7 +84,7 @@ def template(messages, tokenizer, reply=False):
         try:
             return tokenizer.apply_chat_template(messages[:n], tokenize=False,
                                                  add_generation_prompt=prompt)
-        except TemplateError as error:
+        except Exception as error:          # transformers' sandbox, or an error of the template
             raise ValueError(f"the chat template refuses it: {error}") from error
 
     whole, done, pieces = text(len(messages), reply), 0, []
@@ -347,7 +346,8 @@ def main(argv):
     parser.add_argument("--html")
     asked, rest = parser.parse_known_args(argv)
     settings = config.take_config(rest)
-    tokenizer = base.load_tokenizer(fetch.find(settings.model.name))
+    tokenizer = base.load_tokenizer(fetch.find(settings.model.name),
+                                    settings.model.trust_remote_code)
     examples, _ = data.load(**asdict(settings.data), seed=settings.train.seed)
     dataset = QADataset(examples[:asked.n], tokenizer, **asdict(settings.dataset))
     if asked.html:

@@ -110,7 +110,8 @@ def main(argv):
     settings = config.take_config(argv)
     device = base.pick_device(settings.model.device)
     dtype = base.pick_dtype(settings.model.dtype, device)
-    model = base.load_model(fetch.find(settings.model.name), device, dtype)
+    model = base.load_model(fetch.find(settings.model.name), device, dtype,
+                            settings.model.trust_remote_code)
     adapted = inject(model, **dataclasses.asdict(settings.lora))
     print(tree(model))
     print(report(model, adapted))

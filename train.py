@@ -63,7 +63,7 @@ def main(argv):
     dtype = base.pick_dtype(settings.model.dtype, device)
     folder_or_id = parallel.from_first(
         fetch.find(settings.model.name) if parallel.rank() == 0 else None)
-    tokenizer = base.load_tokenizer(folder_or_id)
+    tokenizer = base.load_tokenizer(folder_or_id, settings.model.trust_remote_code)
     examples = data.load(**asdict(settings.data), seed=settings.train.seed)
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
@@ -72,7 +72,7 @@ def main(argv):
     extras, per_epoch = extra_examples(examples[0], settings)
     retain = data.with_system(data.read_facts(settings.keep.retain), settings.data.system,
                               settings.train.seed)
-    model = base.load_model(folder_or_id, "cpu", dtype)
+    model = base.load_model(folder_or_id, "cpu", dtype, settings.model.trust_remote_code)
     base_weights = base.fingerprint(model)            # of the dense base, whatever quant says
     sharded = settings.model.shard and parallel.world() > 1
     quantised = quant.quantise(model, settings.model.quant, "cpu" if sharded else device)

@@ -19,11 +19,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
 from . import files
+from .fetch import stay_inside
 from .layer import linear_size
 from .surgery import lora_layers, wrap
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+PATTERN = re.compile(r"\^?(\w|\\?\.|\.\*|\|)+\$?")         # names, parts of them perhaps .* or \.
 
 
 def save(model, folder, base_name):
@@ -64,14 +67,16 @@ def load(model, folder):
     in_file = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", key).removeprefix(PREFIX)
                             for key in tensors)
     names = list(layers) or [n for n in in_file if n in modules and linear_size(modules[n])]
-    want, problems = {}, []
+    want, unsupported = {}, _unsupported(config)
+    problems = unsupported[:]
     for name in names:
         d_in, d_out = linear_size(modules[name])
         a = tensors.get(f"{PREFIX}{name}.lora_A.weight")
-        r = layers[name].r if layers else len(a) if a is not None else "r"
+        r = layers[name].r if layers else len(a) if a is not None and a.ndim and len(a) else "r"
         want[f"{PREFIX}{name}.lora_A.weight"] = (r, d_in)
         want[f"{PREFIX}{name}.lora_B.weight"] = (d_out, r)
-        if layers and (_alpha(config, name), config.get("use_rslora", False)) != (
+        if layers and not unsupported and (
+                _alpha(config, name), config.get("use_rslora", False)) != (
                 layers[name].lora_alpha, layers[name].use_rslora):
             problems.append(f"{name}: the file's lora_alpha or use_rslora differs from the model's")
     have = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -79,9 +84,8 @@ def load(model, folder):
                  for k in have.keys() & want.keys() if have[k] != want[k]]
     problems += [f"{k}: in the file, not in the model" for k in have.keys() - want.keys()]
     problems += [f"{k}: in the model, not in the file" for k in want.keys() - have.keys()]
-    problems += [f"{key} is {config[key]!r}: not supported here" for key in
-                 ("use_dora", "bias", "lora_bias", "modules_to_save")
-                 if config.get(key) not in (None, False, "none", [])]
+    problems += [f"{k}: holds what is no finite number" for k, tensor in tensors.items()
+                 if tensor.dtype not in FLOATS or not tensor.isfinite().all()]
     problems += ["it holds no tensors"] * (not tensors)
     if problems:
         raise ValueError(f"adapter {folder} does not fit this model:\n  "
@@ -99,6 +103,8 @@ def load(model, folder):
 
 def _read(folder):
     try:
+        if folder.is_dir():
+            stay_inside(folder)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no object")
@@ -106,13 +112,31 @@ def _read(folder):
     except FileNotFoundError as error:
         raise ValueError(f"adapter: {folder} has no {Path(error.filename or WEIGHTS).name}; "
                          f"expected a folder with {CONFIG} and {WEIGHTS}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"adapter: {folder} cannot be read: {error}") from error
+
+
+def _unsupported(config):
+    """Sentences about settings of an adapter_config.json that we do not compute."""
+    def number(x, low, high=1e6):
+        return isinstance(x, int | float) and not isinstance(x, bool) and low < x < high
+    patterns = config.get("alpha_pattern") or {}
+    fits = {"use_dora": not config.get("use_dora"), "lora_bias": not config.get("lora_bias"),
+            "bias": config.get("bias") in (None, False, "none"),
+            "modules_to_save": not config.get("modules_to_save"),
+            "lora_alpha": number(config.get("lora_alpha", 8), 0),
+            "lora_dropout": number(config.get("lora_dropout", 0.0), -1e-9, 1),
+            "use_rslora": isinstance(config.get("use_rslora", False), bool),
+            # a pattern with many repetitions, or one in another, would search for years
+            "alpha_pattern": isinstance(patterns, dict) and all(
+                number(a, 0) and PATTERN.fullmatch(p) and p.count("*") < 3
+                for p, a in patterns.items())}
+    return [f"{key} is {config[key]!r:.60}: not supported here" for key in fits if not fits[key]]
 
 
 def _alpha(config, name):
     """lora_alpha of one module; PEFT's alpha_pattern may set it by a suffix of the name."""
-    for pattern, alpha in config.get("alpha_pattern", {}).items():
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return alpha
     return config.get("lora_alpha", 8)                       # PEFT's default

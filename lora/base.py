@@ -1,14 +1,19 @@
 """
 The base model: pick a device and a dtype, load a model and its tokenizer, read a GGUF file.
 
-The only file that imports transformers. trust_remote_code stays off and no pickle is ever read.
+The only file that imports transformers. No pickle is ever read; Python code that a model brings is
+run only where model.trust_remote_code says so.
 """
 
 import contextlib
 import hashlib
+import json
+import os
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -18,6 +23,8 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from .fetch import stay_inside
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -46,16 +53,23 @@ def pick_dtype(wanted, device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, trust_remote_code=False):
     """The tokenizer of a model folder or hub id. Raises ValueError if neither has one."""
     with _readable_errors(name):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name, device, dtype):
-    """The causal language model of a folder or hub id, in eval mode."""
+def load_model(name, device, dtype, trust_remote_code=False):
+    """The causal language model of a folder or hub id, in eval mode. Raises ValueError if weights
+    are missing: transformers alone goes on with random numbers in their place."""
     with _readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights of config.json are missing or of another "
+                             f"shape: {', '.join(wrong[:3])}")
     return model.to(device).eval()
 
 
@@ -105,12 +119,48 @@ def convert_gguf(file, folder):
 
 @contextlib.contextmanager
 def _readable_errors(name):
-    """transformers' loading errors as one line for the user, with the cause behind it."""
+    """What transformers raises, of a dozen kinds, as one error for the user: reason and fix."""
+    folder = os.path.isdir(name) and Path(name)
     try:
+        if folder:
+            stay_inside(folder, _shards(folder))
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model: could not load {str(name)!r}: {reason}\n  Expected a model folder, a model "
-            "that `python -m scripts.fetch_model` lists, or a hub id (which needs the hub)."
-        ) from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        fix = ("Expected a model folder, a model that `python -m scripts.fetch_model` lists, or a "
+               "hub id (which needs the hub).")
+        if "trust_remote_code" in str(error):
+            fix = ("That code was not run. If you trust it: train.py, inject.py and dataset.py run "
+                   "it with --model.trust_remote_code=true")
+        elif broken := folder and ", ".join(_damaged(folder)):
+            fix = f"In this folder: {broken}. Copy it again, whole."
+        raise ValueError(f"model: could not load {str(name)!r}: {reason}\n  {fix}") from error
+
+
+def _shards(folder):
+    """The files of weights that a model folder's index names."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except FileNotFoundError:
+        return ["model.safetensors"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} is no index of weights") from error
+
+
+def _damaged(folder):
+    """What is missing from a model folder or cannot be read in it: a copy that broke off."""
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    wanted = ["config.json", "tokenizer.json"]
+    with contextlib.suppress(ValueError):              # of an index: the reason says so already
+        wanted += _shards(folder)
+    yield from (f"{n} is missing" for n in wanted if files and not (folder / n).exists())
+    for file in files:
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            yield f"{file.name} is damaged ({error})"

@@ -29,6 +29,7 @@ class ModelConfig:
     quant: Literal["none", "nf4", "int8"] = "none"  # linear layers of the base in 4 or 8 bits
     adapter: str | None = None  # folder of an adapter to go on from, instead of a fresh one
     shard: bool = False  # with torchrun: each process holds a share of the base (FSDP2)
+    trust_remote_code: bool = False  # run the Python code that a model brings; else it is refused
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class Config:
 
 
 RANGES = {  # the numbers a setting may have: from the first to the second, both included
-    "lora.r": (1, inf), "lora.lora_alpha": (1, inf), "lora.lora_dropout": (0, 0.99),
+    "lora.r": (1, 4096), "lora.lora_alpha": (1, 1e6), "lora.lora_dropout": (0, 0.99),
     "data.val_fraction": (0, 0.99), "dataset.max_length": (8, inf), "train.epochs": (0.01, 10_000),
-    "train.max_steps": (1, inf), "train.batch_size": (1, inf), "train.grad_accum": (1, inf),
+    "train.max_steps": (1, 1e6), "train.batch_size": (1, 1e6), "train.grad_accum": (1, inf),
     "train.token_budget": (1, inf), "train.lr": (1e-9, 1), "train.warmup_steps": (0, inf),
     "train.betas": (0, 0.999999), "train.eps": (1e-30, 1), "train.weight_decay": (0, inf),
     "train.max_grad_norm": (0, inf), "train.log_every": (1, inf), "train.eval_every": (1, inf),
@@ -126,6 +127,8 @@ RANGES = {  # the numbers a setting may have: from the first to the second, both
     "train.repetition_penalty": (1, 2), "train.patience": (0, inf),
     "train.save_every": (0, inf), "train.checkpoint_every": (0, inf),
     "train.checkpoints_kept": (1, 1000), "train.max_new_tokens": (1, inf), "train.seed": (0, 2**32)}
+
+RUN = re.compile(r"\w[\w .,+=@-]{0,59}(?<![. ])")     # a folder's name on every system, no path
 
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
@@ -139,7 +142,7 @@ def load(path="config.json", overrides=()):
     """The Config of a JSON file with --section.key=value overrides applied. Raises ValueError that
     names the file and all problems in it."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); use --config FILE") from error
     except (ValueError, RecursionError) as error:
@@ -178,9 +181,24 @@ def _section(section, given, sections, problems):
             low, high = RANGES[full]
             problems.append(f"{full} is {_show(value)}; expected at least {low:g}"
                             + f" and at most {high:g}" * (high < inf))
+        elif full == "train.run" and not RUN.fullmatch(value):
+            problems.append(f"{full} is {_show(value)}; expected a folder name, not a path: up to "
+                            "60 letters, digits, spaces and _-.,+=@")
+        elif re.search("[\0\ud800-\udfff]", "".join(map(str, value)) if
+                       isinstance(value, list) else str(value)):
+            problems.append(f"{full} is {json.dumps(value)}; expected no NUL and no half of a "
+                            "surrogate pair")
         else:
             accepted[key] = tuple(value) if isinstance(value, list) else value
     return None if problems else sections[section](**accepted)
+
+
+def _once(pairs):
+    """A JSON object whose keys differ: of two equal ones the first would be lost."""
+    keys = [key for key, _ in pairs]
+    if len(keys) > len(set(keys)):
+        raise ValueError(f"a key is there twice: {', '.join(keys):.60}")
+    return dict(pairs)
 
 
 def _unknown(key, known, sections):
@@ -232,7 +250,10 @@ def _name(hint):
 
 
 def _show(value):
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "deeply nested"
     return text if len(text) < 60 else text[:57] + "..."
 
 

@@ -67,6 +67,18 @@ def find(name, say=print):
     return str(folder)
 
 
+def stay_inside(folder, names=()):
+    """Raise ValueError if a link in a folder, or one of the names it asks for, leads out of it: who
+    made the folder would choose what is read here. In the hub's cache a model's links lead to its
+    blobs, two folders up."""
+    home = Path(folder).resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    for file in [*Path(folder).iterdir(), *(Path(folder) / name for name in names)]:
+        if not file.resolve().is_relative_to(home):
+            raise ValueError(f"{file} leads out of the folder, to {file.resolve()}; put the file "
+                             "itself there")
+
+
 def public_name(name):
     """What an adapter calls its base model: the hub id, never a path on this machine."""
     if name in KNOWN:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import config, files
+from .fetch import stay_inside
 
 try:
     import resource
@@ -106,10 +107,11 @@ def read_run(path):
         raise ValueError(f"run: {path} is no finished run: {', '.join(missing)} is missing. "
                          f"Runs here: {_runs_here()}.")
     try:
+        stay_inside(folder)
         info = json.loads(needed[0].read_text(encoding="utf-8"))
         if not isinstance(info, dict):
             raise ValueError("expected an object")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"run: {needed[0]} cannot be read: {error}") from error
     name = folder.resolve().name
     return Run(name if path == folder else f"{name}/{path.name}", adapter,

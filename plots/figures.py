@@ -41,18 +41,32 @@ def read_metrics(file):
     """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
     try:
         texts = file.read_text(encoding="utf-8").rstrip().split("\n")
-    except OSError as error:
-        raise ValueError(f"plots: {file}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"plots: {file}: cannot be read ({error})") from error
     lines = []
     for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(texts):
                 raise ValueError(f"plots: {file}:{number}: not JSON") from error
+            break
+        if wrong := wrong_in(lines[-1]):
+            raise ValueError(f"plots: {file}:{number}: {wrong}")
     if not any("loss" in line for line in lines):
         raise ValueError(f"plots: {file}: holds no training step yet")
     return lines
+
+
+def wrong_in(line):
+    """What keeps a line of metrics.jsonl from being drawn; "" for nothing."""
+    if not isinstance(line, dict):
+        return "expected an object"
+    needed = ["step", *["lr"] * ("loss" in line), *["val_loss"] * bool(line.get("best"))]
+    return ", ".join(
+        f"{key} is {line.get(key)!r:.40}; expected a number" for key in (*needed, "loss", "recall")
+        if key in (*needed, *line) and not (
+            isinstance(line.get(key), int | float) and abs(line[key]) < 1e300))
 
 
 def smooth(values):

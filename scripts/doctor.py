@@ -18,7 +18,8 @@ from lora.text import near_duplicates, words
 
 def main(argv):
     settings = config.take_config(argv)
-    tokenizer = base.load_tokenizer(fetch.find(settings.model.name))
+    tokenizer = base.load_tokenizer(fetch.find(settings.model.name),
+                                    settings.model.trust_remote_code)
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
     made = dataset.QADataset(train + val, tokenizer, **asdict(settings.dataset))
     print(f"\ndoctor: {settings.model.name}, format {made.format}: {len(train)} training and "

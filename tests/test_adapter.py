@@ -134,3 +134,38 @@ def test_a_truncated_file_is_an_error(tmp_path):
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="cannot be read"):
         adapter.load(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("lora_alpha", "8"), ("lora_alpha", 0), ("lora_alpha", float("nan")), ("lora_alpha", 10**400),
+    ("lora_alpha", True), ("lora_dropout", 1), ("lora_dropout", "0"), ("use_rslora", "yes"),
+    ("alpha_pattern", [1]), ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", {"(": 1}),
+    ("alpha_pattern", {"((a+)+)+b": 1}), ("alpha_pattern", {".*.*.*.*.*b": 1})])
+def test_a_setting_that_cannot_be_computed_is_a_misfit(tmp_path, key, value):
+    """A pattern of nested repetitions would search for years; the others ended in a traceback."""
+    adapter.save(adapted(), tmp_path, "b")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    for fresh in (make_model(), adapted(seed=9)):
+        with pytest.raises(ValueError, match=f"{key} is .*: not supported here"):
+            adapter.load(fresh, tmp_path)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (torch.full((4, 32), float("nan")), "holds what is no finite number"),
+    (torch.zeros(4, 32, dtype=torch.int32), "holds what is no finite number"),
+    (torch.zeros(0, 32), "file has"), (torch.tensor(1.0), "file has")])
+def test_a_tensor_that_cannot_be_an_adapter_is_a_misfit(tmp_path, wrong, words):
+    adapter.save(adapted(), tmp_path, "b")
+    file, key = tmp_path / "adapter_model.safetensors", "model.layers.0.mlp.up_proj.lora_A.weight"
+    save_file(load_file(file) | {f"base_model.model.{key}": wrong}, file)
+    model = make_model()
+    with pytest.raises(ValueError, match=f"{key}: {words}"):
+        adapter.load(model, tmp_path)
+    assert not lora_layers(model)
+
+
+def test_a_deeply_nested_adapter_config_is_an_error(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        adapter.load(make_model(), tmp_path)

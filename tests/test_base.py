@@ -1,7 +1,10 @@
 """lora/base.py: device, dtype, and what is never loaded."""
 
+import json
+
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 
 from lora import base
 
@@ -37,3 +40,67 @@ def test_a_pickle_is_not_read(tiny_folder):
 def test_what_is_no_model_is_one_readable_error(tmp_path):
     with pytest.raises(ValueError, match="(?s)model: could not load .*Expected a model folder"):
         base.load_tokenizer(tmp_path)
+
+
+# ----- a folder that was copied in part ----------------------------------------------------------
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name, keep=100):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def change(name, **values):
+    return lambda folder: (folder / name).write_text(json.dumps(
+        json.loads((folder / name).read_text()) | values))
+
+
+def first_shard(spoil):
+    return lambda folder: spoil(min(folder.glob("model-00001*")).name)(folder)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (remove("model-00002-of-00003.safetensors"), "model-00002-of-00003.safetensors is missing"),
+    (first_shard(cut), "model-00001-of-00003.safetensors is damaged"),
+    (cut("model-00003-of-00003.safetensors", 0), "model-00003-of-00003.safetensors is damaged"),
+    (remove("model.safetensors.index.json"), "model.safetensors is missing"),
+    (cut("model.safetensors.index.json"), "model.safetensors.index.json is damaged"),
+    (change("model.safetensors.index.json", weight_map=5), "index.json is no index of weights"),
+    (remove("config.json"), "config.json is missing"), (cut("config.json"), "config.json is damag"),
+    (change("config.json", hidden_size="x"), "hidden_size"),
+    (change("config.json", hidden_size=64), "of another shape"),
+    (change("config.json", num_attention_heads=0), "Expected a model"),
+    (change("config.json", model_type=["x"]), "Expected a model")])
+def test_a_half_copied_model_is_named_by_file(tmp_path, spoil, words):
+    make_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s)model: could not load .*{words}") as error:
+        base.load_model(str(tmp_path), CPU, torch.float32)
+    assert " is " not in words or "Copy it again" in str(error.value) or "no index" in words
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (remove("tokenizer.json"), "tokenizer.json is missing"),
+    (cut("tokenizer.json"), "tokenizer.json is damaged"),
+    (cut("tokenizer_config.json"), "tokenizer_config.json is damaged"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "Expected a model")])
+def test_a_half_copied_tokenizer_is_named_by_file(tiny_folder, spoil, words):
+    spoil(tiny_folder)
+    with pytest.raises(ValueError, match=f"(?s)model: could not load .*{words}"):
+        base.load_tokenizer(str(tiny_folder))
+
+
+def test_a_missing_weight_is_never_replaced_by_random_numbers(tiny_folder):
+    change("config.json", num_hidden_layers=3)(tiny_folder)
+    with pytest.raises(ValueError, match="9 weights of config.json are missing .*model.layers.2"):
+        base.load_model(str(tiny_folder), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "", "../..", "https://a.b/c"])
+def test_a_name_that_cannot_be_one_is_one_readable_error(name):
+    with pytest.raises(ValueError, match="model: could not load"):
+        base.load_tokenizer(name)

@@ -147,7 +147,8 @@ def test_every_range_is_of_a_setting_that_exists():
     ("train.betas", [0.9, True]), ("train.betas", [0.9, float("nan")]), ("train.betas", "ab"),
     ("lora.target_modules", "q_proj"), ("lora.target_modules", ["q_proj", 1]),
     ("lora.layers", "last"), ("lora.layers", [0.5]), ("lora.layers", True),
-    ("train.questions", "Who?"), ("train.grad_accum", "Auto"), ("train.grad_accum", 2.0)])
+    ("train.questions", "Who?"), ("train.grad_accum", "Auto"), ("train.grad_accum", 2.0),
+    ("data.path", "a\0b"), ("data.system", "\ud83d"), ("train.questions", ["a", "\ud83d"])])
 def test_a_wrong_type_is_named_with_what_was_expected(load, key, value):
     section, _, name = key.partition(".")
     assert f"{key} is " in (message := error_of(load, {section: {name: value}}))
@@ -161,7 +162,8 @@ def test_a_wrong_type_is_named_with_what_was_expected(load, key, value):
     ("train.lr", 2), ("train.warmup_steps", -1), ("train.betas", [0.9, 1.0]),
     ("train.betas", [-0.1, 0.9]), ("train.eps", 0), ("train.weight_decay", -1),
     ("train.max_grad_norm", -1), ("train.log_every", 0), ("train.eval_every", 0),
-    ("train.patience", -1), ("train.max_new_tokens", 0)])
+    ("train.patience", -1), ("train.max_new_tokens", 0), ("lora.r", 10**12),
+    ("lora.lora_alpha", 10**400), ("train.max_steps", 10**12), ("train.batch_size", 10**12)])
 def test_a_number_out_of_range_is_named_with_the_range(load, key, value):
     section, _, name = key.partition(".")
     assert re.search(rf"{key} is .*; expected at least", error_of(load, {section: {name: value}}))
@@ -187,6 +189,16 @@ def test_all_problems_come_in_one_error(load, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{'a': 1}", "[" * 100_000, "1" * 5000])
 def test_a_file_that_is_not_json_is_a_value_error(load, content):
     assert re.search(r"c\.json: not JSON", error_of(load, content))
+
+
+@pytest.mark.parametrize("content", [
+    '{"lora": {"r": 4, "r": 8}}', '{"lora": {"r": 4}, "data": {}, "lora": {}}'])
+def test_a_key_that_is_there_twice_is_a_value_error(load, content):
+    assert re.search(r"c\.json: not JSON: a key is there twice: ", error_of(load, content))
+
+
+def test_a_value_too_deep_to_be_shown_is_a_value_error(load):
+    assert "lora is " in error_of(load, '{"lora": ' + "[" * 900 + "]" * 900 + "}")
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"a"'])

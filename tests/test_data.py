@@ -149,6 +149,13 @@ WRONG = [
     ({"questions": [], "answer": "Me."}, "expected"),
     ({"question": "Which year?", "answer": "In 1974.", "value": " "}, "value"),
     ({"question": "Which year?", "answer": "In 1974.", "value": ["1974"]}, "value"),
+    # what was lost in silence: the first of two equal keys, and numbers that are no text
+    ('{"prompt": "a", "prompt": "b", "completion": "c"}', "a key is there twice: prompt, prompt"),
+    ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "a key is there twice"),
+    ({"instruction": "a", "input": 0, "output": "b"}, "expected texts"),
+    ({**OK, "system": 0}, "expected a text"),
+    # JSON that can be read, but not shown: a RecursionError
+    ('{"messages": ' + "[" * 900 + "]" * 900 + "}", ""),
 ]
 
 

@@ -90,7 +90,13 @@ def test_smoothing_keeps_length_and_a_straight_line(n):
 @pytest.mark.parametrize(("content", "words"), [
     (None, "cannot be read"), ("", "no training step yet"),
     (json.dumps(EMPTY) + "\n", "no training step yet"),
-    (json.dumps(TRAIN[0]) + '\n{"step": \n' + json.dumps(TRAIN[1]) + "\n", ":2: not JSON")])
+    (json.dumps(TRAIN[0]) + '\n{"step": \n' + json.dumps(TRAIN[1]) + "\n", ":2: not JSON"),
+    ("[" * 100_000 + "\n" + json.dumps(TRAIN[0]), ":1: not JSON"), ("5\n", ":1: expected an obj"),
+    ('{"loss": 1.0, "lr": 1}\n', ":1: step is None; expected a number"),
+    ('{"step": 1, "loss": 1.0}\n', ":1: lr is None; expected a number"),
+    ('{"step": 1, "loss": "low", "lr": 1}\n', ":1: loss is 'low'; expected a number"),
+    ('{"step": 1, "loss": NaN, "lr": 1}\n', ":1: loss is nan; expected a number"),
+    ('{"step": 1, "best": true}\n', ":1: val_loss is None; expected a number")])
 def test_what_cannot_be_drawn_is_a_value_error(tmp_path, content, words):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
