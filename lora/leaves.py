@@ -63,7 +63,7 @@ def fuse(model):
         for forward in _candidates(module):
             like = next(module.parameters())
             d = like.shape[-1] if like.dim() == 1 else module.gate_proj.in_features
-            x = torch.randn(1, 4, d, device=like.device).to(like.dtype)
+            x = torch.randn(1, 4, d, device=like.device).to(model.dtype)
             if torch.equal(forward(x), module.forward(x)):
                 module.forward = forward
                 changed += 1
