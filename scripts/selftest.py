@@ -194,7 +194,7 @@ def causality(make):
     for i, item in enumerate(samples(model)):
         ids, k = item["input_ids"], len(item["input_ids"]) - 5 - i
         items.append({"input_ids": ids, "labels": ids})
-        other.append({"input_ids": [*ids[:k], ids[k] ^ 1, *ids[k + 1:]], "labels": ids})
+        other.append({"input_ids": [*ids[:k], abs(ids[k] - 1), *ids[k + 1:]], "labels": ids})
         later += len(ids) - 1 - k
     changed = []
     for how in [(1, "padded"), (3, "padded")] + [(3, "flat"), (3, "shared")] * (

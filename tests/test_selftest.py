@@ -60,8 +60,9 @@ def wrong(function, change):
 
 
 def scaled(i, by=1.01):
-    """Change entry i of a tuple of gradients by 1 %."""
-    return lambda results: tuple(by * x if j == i else x for j, x in enumerate(results))
+    """Change entry i of a tuple of gradients by 1 %, where it has one."""
+    return lambda results: tuple(by * x if j == i and x is not None else x
+                                 for j, x in enumerate(results))
 
 
 def in_bfloat16_if_large(a, b):
@@ -109,7 +110,8 @@ def nan_for_nothing(q, k, v, attn_mask=None, **kwargs):
 
 
 def wrong_decoding(q, k, v, **kwargs):
-    return SDPA(q, k, v, **kwargs) * (1.01 if q.shape[2] == 1 else 1)
+    """Few queries over many keys have a kernel of their own on MPS."""
+    return SDPA(q, k, v, **kwargs) * (1.01 if q.shape[2] < 8 < k.shape[2] else 1)
 
 
 def without_the_last(tensors, file, save=adapter.save_file, **kwargs):
@@ -125,9 +127,10 @@ def subtract(self):
     self._frozen = None
 
 
-def reentrant(function, *args, use_reentrant, checkpoint=torch.utils.checkpoint.checkpoint):
-    """No input needs a gradient, for the base is frozen: the adapters get none."""
-    return checkpoint(function, *args, use_reentrant=True)
+def recomputed_otherwise(function, x, *args, checkpoint=torch.utils.checkpoint.checkpoint, **how):
+    """As a dropout mask that is not the same again."""
+    factors = iter((1, 1.1))
+    return checkpoint(lambda x, *args: function(x * next(factors), *args), x, *args, **how)
 
 
 def backward(change, function):
@@ -142,11 +145,11 @@ SABOTAGE = {
     "dA off": ("gradients by hand", LoRAFunction, "backward", backward(scaled(3), LoRAFunction)),
     "dB off": ("gradients by hand", LoRAFunction, "backward", backward(scaled(4), LoRAFunction)),
     "head off": ("gradients by hand", loss.LabelledCE, "backward",
-                 backward(lambda out: (1.01 * out[0], *out[1:]), loss.LabelledCE)),
+                 backward(scaled(0), loss.LabelledCE)),
     "norm off": ("gradients by hand", leaves.RMSNorm, "backward",
-                 backward(lambda out: (1.01 * out[0], *out[1:]), leaves.RMSNorm)),
+                 backward(scaled(0), leaves.RMSNorm)),
     "gate off": ("gradients by hand", leaves.Gate, "backward",
-                 backward(lambda out: (1.01 * out[0], *out[1:]), leaves.Gate)),
+                 backward(scaled(0), leaves.Gate)),
     "flat positions": ("batches", dataset, "flatten", positions_go_on),
     "flat masks": ("batches", flat.Plan, "mask",
                    wrong(flat.Plan.mask, lambda mask: torch.zeros_like(mask))),
@@ -158,7 +161,7 @@ SABOTAGE = {
     "merged off": ("merge and unmerge", LoRALinear, "delta_weight",
                    wrong(LoRALinear.delta_weight, lambda delta: 1.01 * delta)),
     "unmerged by subtraction": ("merge and unmerge", LoRALinear, "unmerge", subtract),
-    "reentrant": ("checkpointing", MODELING, "checkpoint", reentrant),
+    "computed otherwise": ("checkpointing", MODELING, "checkpoint", recomputed_otherwise),
     "uphill": ("ten steps", AdamW, "step", lambda self, lr, step=AdamW.step: step(self, -lr)),
     "nan loss": ("ten steps", AdamW, "step",
                  lambda self, lr, step=AdamW.step: step(self, torch.nan))}
@@ -176,7 +179,7 @@ def test_what_is_wrong_fails_in_its_row_and_no_other(check, monkeypatch, what):
 
 def test_the_bug_of_mps_is_found(check, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", four_queries_one_mask)
-    assert {"gradients by hand", "batches", "causality"} <= set(check()[1])
+    assert {"batches", "causality"} <= set(check()[1])
 
 
 def test_a_check_that_raises_is_a_row_and_the_others_go_on(check, monkeypatch):
