@@ -20,6 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -71,6 +73,17 @@ def load_model(name, device, dtype, trust_remote_code=False):
             raise ValueError(f"{len(wrong)} weights of config.json are missing or of another "
                              f"shape: {', '.join(wrong[:3])}")
     return model.to(device).eval()
+
+
+def tiny_model(device, dtype):
+    """A random Llama of 0.3 M parameters, the same on every device; for scripts/selftest.py. Its
+    heads have real models' size, on which the choice of an attention kernel depends."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        initializer_range=0.1))
+    return model.to(device, dtype).eval()
 
 
 def fingerprint(model):

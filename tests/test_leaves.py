@@ -21,6 +21,14 @@ def test_every_norm_and_gate_of_a_model_is_found_and_changes_no_number(name, cha
     assert_same_step(step(model, [batch]), plain)
 
 
+def test_a_bfloat16_gate_is_tried_with_its_own_dtype_not_its_adapters():
+    model, batch = MODELS["llama"]().bfloat16(), dataset.collate(samples(5), 0)
+    inject(model, r=4, lora_alpha=8)                         # in float32
+    logits = loss.logits_at(model, batch)
+    assert leaves.fuse(model) == 7
+    assert torch.equal(loss.logits_at(model, batch), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_the_norms_gradient_is_autograds(dtype, plus_one):
