@@ -27,6 +27,8 @@ MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"l
               "scripts": VERBS | {"scripts.voices", "plots"},
               "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}
+TRUST = {"checkpoint.py", "files.py", "parallel.py", "quant.py", "verify_resume.py", "selftest.py",
+         "inspect.py"}
 RIVALS = {"benchmarks/arms.py"}
 ONLY_IN = {"transformers": {"lora/base.py"} | RIVALS, "bitsandbytes": {"lora/quant.py"},
            "matplotlib": {"plots/figures.py"}, "peft": RIVALS, "trl": RIVALS, "datasets": RIVALS}
@@ -63,14 +65,17 @@ def test_data_needs_the_standard_library_alone():
 
 
 def test_the_line_budget():
-    """What it takes to train; to use, compare and serve what was trained; and the experiment."""
-    lines = {"train": 0, "use": 0, "experiment": 0}
+    """What it takes to train; to lose nothing and to look closely; to use, compare and serve what
+    was trained; and the experiment."""
+    lines = {"train": 0, "trust": 0, "use": 0, "experiment": 0}
     for path in sources():
         use = path.parts[0] in ("scripts", "benchmarks") or path.name in USE
         experiment = path.parts[0] == "experiments" or path.name == "knowledge.py"
         n = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        lines["experiment" if experiment else "use" if use else "train"] += n
-    assert lines["train"] < 3300 and lines["use"] < 4000 and lines["experiment"] < 2200, lines
+        lines["experiment" if experiment else "trust" if path.name in TRUST else
+              "use" if use else "train"] += n
+    budget = {"train": 3800, "trust": 1100, "use": 3500, "experiment": 2200}
+    assert all(lines[part] < budget[part] for part in lines), lines
 
 
 def fields():
