@@ -21,7 +21,7 @@ import torch
 from test_train import KEEP, ROOT, facts
 
 import train
-from lora import adapter, checkpoint, files, runlog
+from lora import adapter, checkpoint, fetch, files, runlog
 
 TIMING = ("seconds", "tokens_per_s", "peak_memory_gib")
 FLAGS = {  # what could make a resumed run another one
@@ -254,6 +254,42 @@ def test_another_config_or_other_data_are_refused_with_the_difference(home):
 def test_what_was_never_begun_cannot_be_resumed(home):
     code, words = fork(home, "--resume", "runs/none")
     assert code == 1 and "error: resume: runs/none has no config.json: nothing was begun" in words
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_hundred_random_kills_of_a_short_real_run(tmp_path):
+    """SmolLM2, killed at times drawn at random, resumed, killed again; a run that gets to its end
+    is compared with the uninterrupted one, and another begins."""
+    shutil.copy(ROOT / "data.py", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model": {"name": str(fetch.find("smollm2-135m-instruct")), "device": "cpu"},
+        "lora": {"lora_dropout": 0.1}, "train": {
+            "run": "t", "max_steps": 8, "batch_size": 3, "eval_every": 4, "checkpoint_every": 1,
+            "max_new_tokens": 2, "grad_accum": 2, "questions": ["Who is Mira Tosk?"]},
+        "data": {"val_fraction": 0.05}}))
+    began = time.perf_counter()
+    assert fork(tmp_path)[0] == 0
+    seconds, wanted = time.perf_counter() - began, result(tmp_path / "runs/t")
+    shutil.rmtree(tmp_path / "runs")
+    rng, kills, ends = random.Random(0), 0, 0
+    while kills < 100 or (tmp_path / "runs").exists():
+        begun = (tmp_path / "runs/t/config.json").exists()
+        child = start(tmp_path, *(["--resume", "runs/t"] if begun else []))
+        until = time.perf_counter() + rng.uniform(0, seconds)
+        while kills < 100 and time.perf_counter() < until and os.waitid(
+                os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.01)
+        if kills < 100:
+            os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), (tmp_path / "words.txt").read_text()
+        if code == 0:
+            assert result(tmp_path / "runs/t") == wanted, f"after {kills} kills"
+            shutil.rmtree(tmp_path / "runs")
+            ends += 1
+    print(f"{kills} kills, {ends} runs to their end, all as the uninterrupted one")
 
 
 # ----- faults ------------------------------------------------------------------------------------
