@@ -114,12 +114,12 @@ def wrong_decoding(q, k, v, **kwargs):
     return SDPA(q, k, v, **kwargs) * (1.01 if q.shape[2] < 8 < k.shape[2] else 1)
 
 
-def without_the_last(tensors, file, save=adapter.save_file, **kwargs):
-    save(dict(list(tensors.items())[:-1]), file, **kwargs)
+def without_the_last(tensors, *metadata, save=adapter.serialise):
+    return save(dict(list(tensors.items())[:-1]), *metadata)
 
 
-def rounded(tensors, file, save=adapter.save_file, **kwargs):
-    save({k: v.bfloat16().float() for k, v in tensors.items()}, file, **kwargs)
+def rounded(tensors, *metadata, save=adapter.serialise):
+    return save({k: v.bfloat16().float() for k, v in tensors.items()}, *metadata)
 
 
 def subtract(self):
@@ -156,8 +156,8 @@ SABOTAGE = {
     "a leak": ("causality", F, "scaled_dot_product_attention", looks_ahead),
     "nan": ("answering", F, "scaled_dot_product_attention", nan_for_nothing),
     "cache": ("answering", F, "scaled_dot_product_attention", wrong_decoding),
-    "tensor lost": ("save and load", adapter, "save_file", without_the_last),
-    "saved rounded": ("save and load", adapter, "save_file", rounded),
+    "tensor lost": ("save and load", adapter, "serialise", without_the_last),
+    "saved rounded": ("save and load", adapter, "serialise", rounded),
     "merged off": ("merge and unmerge", LoRALinear, "delta_weight",
                    wrong(LoRALinear.delta_weight, lambda delta: 1.01 * delta)),
     "unmerged by subtraction": ("merge and unmerge", LoRALinear, "unmerge", subtract),
