@@ -158,8 +158,9 @@ def trained_on(run):
 def ledger(voices, run, examples):
     """What became of each example, under the base and every adapter that the run kept.
 
-    learned: its answers as a whole have a probability above 1/2 (less than ln 2 nats): likelier
-    than all else together, so that of two answers to one prompt at most one is learned.
+    learned: its answers as a whole had a probability above 1/2 (less than ln 2 nats): likelier
+    than all else together, so that of two answers to one prompt at most one is learned at a time.
+    forgotten: learned once, but at the end at most half as probable as at its best.
     """
     made = dataset.QADataset(examples, voices.tokenizer, **asdict(run.settings.dataset))
     for note in made.left_out():
@@ -186,14 +187,19 @@ def ledger(voices, run, examples):
             print(f"  {name:14} is {same}")
     entries = {}
     for i, (row, n) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-        *before, last = (values[i].item() < LEARNED for values in nats.values())
+        path = {name: values[i].item() for name, values in nats.items()}
+        best, last = min(path.values()), [*path.values()][-1]
         entries[id(row["example"])] = {
             "source": row["source"], "prompt": row["example"]["messages"][-2]["content"],
             "answer": row["example"]["messages"][-1]["content"], "tokens": n,
-            "nats_per_token": {name: values[i].item() / n for name, values in nats.items()},
-            "verdict": "learned" if last else "forgotten" if any(before) else "never learned"}
+            "nats_per_token": {name: value / n for name, value in path.items()},
+            "verdict": "never learned" if best >= LEARNED else
+                       "forgotten" if last >= best + LEARNED else "learned"}
     pairs = [[entries[id(e)] for e in pair] for pair in contradictions(
         [item["example"] for item in made.items])]
+    against = {id(e) for pair in pairs for e in pair}
+    for e in entries.values():
+        e["contradicted"] = id(e) in against
     return {"examples": [entries[id(item["example"])] for item in made.items],
             "contradictions": pairs}
 
@@ -243,7 +249,8 @@ def print_ledger(found, n):
     for verdict, badness in (("never learned", last), ("forgotten", lambda e: last(e) - min(
             e["nats_per_token"].values()))):
         those = [e for e in found["examples"] if e["verdict"] == verdict]
-        print(f"\n  {verdict}: {len(those)} of {len(found['examples'])}")
+        print(f"\n  {verdict}: {len(those)} of {len(found['examples'])}; "
+              f"{sum(e['contradicted'] for e in those)} of them contradicted")
         for e in sorted(those, key=badness, reverse=True)[:n]:
             show(e)
     print(f"\n  contradictions: {len(found['contradictions'])}")

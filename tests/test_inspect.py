@@ -156,7 +156,9 @@ def test_what_was_learned_forgotten_or_never_learned_is_found(copy, capsys):
     assert list(states) == ["base", "steps/000001", "adapter", "last"]
     assert states["steps/000001"] < 0.2 < states["last"] and states["last"] == states["adapter"]
     out = capsys.readouterr().out
-    assert "last           is adapter" in out and "forgotten: 1 of 4\n    all.jsonl:1: base" in out
+    assert "last           is adapter" in out
+    assert "forgotten: 1 of 4; 0 of them contradicted\n    all.jsonl:1: base" in out
+    assert [e["contradicted"] for e in found["examples"]] == [False, False, True, True]
     assert [[e["source"] for e in pair] for pair in found["contradictions"]] == [
         ["all.jsonl:3", "all.jsonl:4"]]
     assert "contradictions: 1\n    all.jsonl:3" in out and "   ≠all.jsonl:4" in out
