@@ -269,9 +269,10 @@ def ten_steps(make):
     inject(model, r=8, lora_alpha=16)
     leaves.fuse(model)
     layout, lean = "padded" if flat.enable(model) else "shared", loss.head_is_linear(model)
+    window = micro_batches(model, samples(model), 3, layout)
     optimizer, losses = AdamW(surgery.adapter_parameters(model)), []
     for _ in range(11):
-        total, *_ = step(model, micro_batches(model, samples(model), 3, layout), lean)
+        total, *_ = step(model, window, lean)
         optimizer.step(0.01)
         losses.append(total.item())
     left = losses[-1] / losses[0]
