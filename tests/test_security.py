@@ -81,7 +81,7 @@ LOADERS = [lambda folder, *trust: base.load_model(folder, CPU, torch.float32, *t
 
 @pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer"])
 def test_code_of_a_model_is_run_only_if_asked_for_by_name(with_code, tmp_path, load):
-    with pytest.raises(ValueError, match="(?s)custom code.*not run.*--model.trust_remote_code=true"):
+    with pytest.raises(ValueError, match="(?s)custom code.*not run.*model.trust_remote_code=true"):
         load(str(with_code))
     assert not (tmp_path / "ran").exists() and not config.Config().model.trust_remote_code
     load(str(with_code), True)
