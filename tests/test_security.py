@@ -140,11 +140,14 @@ def test_a_link_out_of_an_adapter_is_refused(saved, name):
         adapter.load(make_model(), saved)
 
 
-def test_a_link_out_of_a_run_is_refused(saved):
+def test_a_link_out_of_a_run_and_a_deeply_nested_run_json_are_refused(saved):
     run = saved.parent
     for name in ("run.json", "config.json"):
         (run / name).write_text("{}")
     assert runlog.read_run(run).adapter == saved
+    (run / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="run.json cannot be read: .*recursion"):
+        runlog.read_run(run)
     moved_out(run, "adapter")
     with pytest.raises(ValueError, match="run: .*adapter leads out of the folder"):
         runlog.read_run(run)
