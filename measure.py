@@ -14,12 +14,12 @@ import dataset
 from lora import files, loss, meter, parallel, surgery
 
 
-def answerer(model, tokenizer, format, settings):
-    """A function from prompts, lists of messages, to the model's (answer, whether it ended)."""
+def answerer(model, tokenizer, format, s):
+    """A function from prompts, lists of messages, to the model's (answer, whether it ended); s is
+    the train section."""
     def answer(prompts):
-        return dataset.answer(model, tokenizer, prompts, format,
-                              max_new_tokens=settings.max_new_tokens,
-                              repetition_penalty=settings.repetition_penalty) if prompts else []
+        return dataset.answer(model, tokenizer, prompts, format, max_new_tokens=s.max_new_tokens,
+                              repetition_penalty=s.repetition_penalty) if prompts else []
     return answer
 
 

@@ -46,9 +46,8 @@ class Voices:
         self.device = base.pick_device(settings.device if device == "auto" else device)
         self.dtype = base.pick_dtype(settings.dtype if dtype == "auto" else dtype, self.device)
         self.quant = settings.quant if dtype == "auto" else "none"
-        trust = settings.trust_remote_code
-        self.tokenizer = base.load_tokenizer(self.folder, trust)
-        self.model = base.load_model(self.folder, "cpu", self.dtype, trust)
+        self.tokenizer = base.load_tokenizer(self.folder)     # never code that a run asks for
+        self.model = base.load_model(self.folder, "cpu", self.dtype)
         weights = base.fingerprint(self.model)
         quant.quantise(self.model, self.quant, self.device)
         self.bank = Bank(self.model)

@@ -105,6 +105,12 @@ def test_what_cannot_be_drawn_is_a_value_error(tmp_path, content, words):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_metrics_that_are_not_utf8_are_a_value_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="metrics.jsonl: cannot be read .*utf-8"):
+        draw(tmp_path)
+
+
 def python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 

@@ -81,8 +81,7 @@ LOADERS = [lambda folder, *trust: base.load_model(folder, CPU, torch.float32, *t
 
 @pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer"])
 def test_code_of_a_model_is_run_only_if_asked_for_by_name(with_code, tmp_path, load):
-    refused = "(?s)custom code.*not run.*--model.trust_remote_code=true"
-    with pytest.raises(ValueError, match=refused):
+    with pytest.raises(ValueError, match="(?s)custom code.*not run.*model.trust_remote_code=true"):
         load(str(with_code))
     assert not (tmp_path / "ran").exists() and not config.Config().model.trust_remote_code
     load(str(with_code), True)
@@ -141,11 +140,14 @@ def test_a_link_out_of_an_adapter_is_refused(saved, name):
         adapter.load(make_model(), saved)
 
 
-def test_a_link_out_of_a_run_is_refused(saved):
+def test_a_link_out_of_a_run_and_a_deeply_nested_run_json_are_refused(saved):
     run = saved.parent
     for name in ("run.json", "config.json"):
         (run / name).write_text("{}")
     assert runlog.read_run(run).adapter == saved
+    (run / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="run.json cannot be read: .*recursion"):
+        runlog.read_run(run)
     moved_out(run, "adapter")
     with pytest.raises(ValueError, match="run: .*adapter leads out of the folder"):
         runlog.read_run(run)
