@@ -131,7 +131,8 @@ def ladder(rows, colours):
                        textcoords="offset points", weight="bold", bbox=behind(colours))
     names = [f"{r['arm']}\n" + (FIXES[r["arm"]] if r["model"] == "chat" else
                                 f"on the\n{r['model']} model") for r in rows]
-    panel.set_xticks(at, names, fontsize=8.5 if len(rows) > 6 else 10, linespacing=1.25)
+    panel.set_xticks(at, names, fontsize=7.5 if len(rows) > 8 else 8.5 if len(rows) > 6 else 10,
+                     linespacing=1.25)
     side = max(0.6, (6 - at[-1]) / 2)                         # few bars stay slim
     panel.set(ylabel="recall (%)", ylim=(0, 112), yticks=range(0, 101, 20),
               xlim=(-side, at[-1] + side))
