@@ -92,7 +92,7 @@ def main(argv):
 
     # ----- the run's folder: a new one, or the one to go on in
     system, systems = data.system_of(examples[0])
-    info = {"base_weights": base_weights, "system": system, "systems": systems,
+    info = {"base_weights": base_weights, "dtype": str(dtype), "system": system, "systems": systems,
             "format": train_set.format, "template": runlog.digest(tokenizer.chat_template or ""),
             "data": runlog.digest([e["messages"] for part in examples for e in part])}
     identity = {**config.flat(settings), **info,
@@ -106,8 +106,7 @@ def main(argv):
             runlog.write_json(folder / "config.json", asdict(settings))
             runlog.write_json(folder / "run.json", runlog.run_info(
                 base_model=fetch.public_name(settings.model.name), device=str(device),
-                dtype=str(dtype), examples=[len(part) for part in examples], adapted=adapted,
-                **info))
+                examples=[len(part) for part in examples], adapted=adapted, **info))
 
         # ----- what is mixed in: replay, answered by the model itself, and questions about nobody
         if extras:
@@ -133,7 +132,7 @@ def newest_checkpoint(folder, identity, force):
     tensors, state = checkpoint.load(file)
     changed = checkpoint.differences(state["identity"], json.loads(json.dumps(identity)))
     if changed and not force:
-        raise ValueError(f"resume: {folder} was another run:\n  " + "\n  ".join(changed)
+        raise ValueError("resume: what was begun there was another run:\n  " + "\n  ".join(changed)
                          + "\nUndo that, start a new run, or go on all the same with --force.")
     for line in changed:
         print(f"resume: {line}")

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import runpy
-import shutil
 from pathlib import Path
 
 import jsonschema
@@ -17,7 +16,6 @@ from plots import knowledge
 from plots.figures import plt
 
 SCHEMA = json.loads(Path(pages.__file__).with_name("result.schema.json").read_text("utf-8"))
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> a|b `c` *d* {{result}}\n" \
        "next\u2028line <!-- \\"
 # recall, retention, unknown names given a taught value
@@ -281,20 +279,6 @@ def test_the_page_can_be_written_again(folders, capsys):
     assert capsys.readouterr().out.strip() == str(folders["short"] / "report.html")
     with pytest.raises(ValueError, match="there is no"):
         pages.main([str(folders["short"] / "none")])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if chromium is None:
-        pytest.skip("needs a Chromium")
-    with driver.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("name", "width", "scheme"), [

@@ -4,7 +4,6 @@ page, driven in a browser."""
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from lora import report as reports
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> a|b `c` \\| *d* _e_ " \
        "[f](g) &lt; {{report}}\nnext\u2028line <!-- $x$ ~~s~~ \\"
 FRIENDS = {"bram": "the bookbinder", "juno": "the night-shift baker", "ottoline": "who keeps bees"}
@@ -245,20 +243,6 @@ def test_markdown_says_what_was_measured():
 
 
 # ----- the page in a browser ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if chromium is None:
-        pytest.skip("needs a Chromium")
-    with driver.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=[
-            "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
