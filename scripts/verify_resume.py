@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lora import config
 
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TIMING = {"seconds", "tokens_per_s", "peak_memory_gib"}
 
 
@@ -54,7 +55,7 @@ def main(argv):
 def train(words, seconds=None):
     """python train.py as a process; killed after so many seconds. Returns its exit code, None if it
     was killed. Raises ValueError with its last words if it failed."""
-    with subprocess.Popen([sys.executable, "train.py", *words], text=True,
+    with subprocess.Popen([sys.executable, TRAIN, *words], text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
         try:
             error = running.communicate(timeout=seconds)[1]
