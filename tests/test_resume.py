@@ -276,7 +276,7 @@ def test_a_hundred_random_kills_of_a_short_real_run(tmp_path):
     while kills < 100 or (tmp_path / "runs").exists():
         begun = (tmp_path / "runs/t/config.json").exists()
         child = start(tmp_path, *(["--resume", "runs/t"] if begun else []))
-        until = time.perf_counter() + rng.uniform(0, seconds)
+        until = time.perf_counter() + rng.uniform(0, seconds / 2)
         while kills < 100 and time.perf_counter() < until and os.waitid(
                 os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.01)
