@@ -293,6 +293,7 @@ def test_metrics(tmp_path, raw, end):
     with clean("metrics", "metrics.jsonl"):
         figure = figures.curves(figures.read_metrics(tmp_path / "metrics.jsonl"), "t",
                                 figures.LIGHT)
+        assert figure.axes
         figures.plt.close(figure)
 
 
