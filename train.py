@@ -19,7 +19,6 @@ import random
 import sys
 import time
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -46,6 +45,7 @@ from lora import (
     surgery,
 )
 from lora.optim import lr_at
+from lora.step import Gradients
 
 
 def main(argv):
@@ -225,118 +225,83 @@ def windows(pools, batch_size, epochs, max_steps, seed):
     return made[:total]
 
 
+class Progress:
+    """Where a run is. With the optimizer and the best adapter, this is what a checkpoint holds."""
+
+    def __init__(self, size):
+        self.step = self.seen = self.stale = 0        # stale: evaluations since the best one
+        self.size, self.seconds = size, 0.0           # of micro-batches; of training alone
+        self.sums, self.best = [], None               # (ce, hits, tokens) of the epoch's steps
+        self.before = self.first = None               # answers and metrics of the untouched model
+        self.best_weights = []
+
+    def save(self, folder, optimizer, identity, newest):
+        """Write a checkpoint and keep the newest so many."""
+        metrics, state = folder / "metrics.jsonl", dict(vars(self))
+        best = {f"best.{i}": p for i, p in enumerate(state.pop("best_weights"))}
+        files.sync(metrics)
+        checkpoint.save(folder / "checkpoints", {**optimizer.tensors(), **best},
+                        {**state, "identity": identity, "metrics": metrics.stat().st_size}, newest)
+
+    def restore(self, saved, folder, optimizer, save_best):
+        """Be where the checkpoint was made, and put back what was written since: optimizer,
+        metrics.jsonl, adapter/."""
+        tensors, state = saved
+        vars(self).update({key: state[key] for key in vars(self) if key in state},
+                          size=min(self.size, state["size"]))
+        files.cut(folder / "metrics.jsonl", state["metrics"])
+        (folder / "metrics.jsonl").touch()
+        self.best_weights = [tensors[key] for key in map("best.{}".format, range(len(tensors)))
+                             if key in tensors]
+        if self.best_weights:                         # the folder's may be newer than this
+            optimizer.restore({f"p.{i}": p for i, p in enumerate(self.best_weights)})
+            save_best()
+        optimizer.restore(tensors, self.step)
+
+
 def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoch, retain, identity,
         saved):
     """The loop. Leaves the best adapter in the model and on disk; returns what it reached. saved:
     (tensors, state) of a checkpoint to go on from, or None."""
-    s = settings.train
-    base_name = fetch.public_name(settings.model.name)
-    pad_id = tokenizer.pad_token_id or 0
+    s, metrics = settings.train, folder / "metrics.jsonl"
     layout, lean = speed_up(model, settings, device)
-    if s.grad_accum == "auto":                        # as many rows as the token budget takes
-        longest = max(len(item["input_ids"]) for item in train_set.items)
-        size = min(s.batch_size, max(1, s.token_budget // longest))
-    else:
-        size = -(-s.batch_size // s.grad_accum)
     plan, an_epoch = plan_of(train_set, per_epoch, s)
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
-    print(f"train: {len(plan)} steps of {s.batch_size} examples in {-(-s.batch_size // size)} "
-          f"micro-batches of {size}, an evaluation every {eval_every} steps"
+    rank, at = ranking(val_set, settings), Progress(micro_batch_size(train_set, s))
+    print(f"train: {len(plan)} steps of {s.batch_size} examples in {-(-s.batch_size // at.size)} "
+          f"micro-batches of {at.size}, an evaluation every {eval_every} steps"
           + f", {parallel.world()} processes" * (parallel.world() > 1))
 
-    n_facts = len(measure.held_out_facts(val_set))
-    by_recall = s.best_by == "recall" or (s.best_by == "auto" and n_facts > 0)
-    if by_recall and not n_facts:
-        raise ValueError('train: best_by is "recall", but no validation example has a "value".')
+    def batches(items, size):
+        return dataset.micro_batches(items, size, tokenizer.pad_token_id or 0, device, layout)
+    print(memory.report(model, batches(train_set.items[:2], at.size)[0],
+                        batches([train_set[i] for i in plan[0][1]], at.size)[-1], lean))
 
-    def rank(line):
-        """Smaller is better. Retention below keep.min_retention counts like recall lost: a hard
-        bound would keep an adapter that forgot nothing because it learned nothing."""
-        lost = max(0.0, settings.keep.min_retention - line.get("retention", 1.0))
-        return (lost - line["recall"] if by_recall else lost + line["val_loss"], line["val_loss"])
-
-    # ----- where the run is: all of this, and the optimizer, is in a checkpoint
-    at = SimpleNamespace(step=0, size=size, seen=0, seconds=0.0, sums=[], best=None, stale=0)
+    def from_base(item):
+        return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
+    gradients = Gradients(model, batches, lean, from_base, s.seed, not settings.model.shard)
     optimizer = quant.optimizer(s.optimizer, surgery.adapter_parameters(model), s.betas, s.eps,
                                 s.weight_decay)
-    metrics, best_weights = folder / "metrics.jsonl", []
-
-    def batches(items):
-        return dataset.micro_batches(items, at.size, pad_id, device, layout)
-    print(memory.report(model, batches(train_set.items[:2])[0],
-                        batches([train_set[i] for i in plan[0][1]])[-1], lean))
-
-    evaluate = measure.exam(model, tokenizer, train_set.format, val_set, retain, settings, batches,
-                            lean)
+    evaluate = measure.exam(model, tokenizer, train_set.format, val_set, retain, settings,
+                            lambda items: batches(items, at.size), lean)
     asked = measure.questions(s.questions, val_set or train_set, settings.data.system, s.seed)
 
     def answers():
         return [a for a, _ in measure.answerer(model, tokenizer, train_set.format, s)(asked)]
 
-    # ----- a step's gradient
-    def learns_from_base(item):
-        return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
+    def save(name):
+        adapter.save(model, folder / name, fetch.public_name(settings.model.name))
 
-    def share(items):
-        """[(batch, weight)]: this process's samples in as many micro-batches as the first process
-        has, which has the most. Weight 0 changes nothing."""
-        made = batches(parallel.mine(items))
-        rounds = -(-len(items[::parallel.world()]) // at.size)
-        return [(b, 1) for b in made] + [(b, 0) for b in batches(items[:1]) * (rounds - len(made))]
-
-    def gradients(items, n_tokens):
-        """Leave this process's part of the gradient; returns its (cross-entropy, hits). What is
-        random in a step, dropout, depends on seed, step and process alone."""
-        torch.manual_seed(random.Random(f"{s.seed} {at.step} {parallel.rank()}").getrandbits(63))
-        step_ce = step_hits = 0
-        for teacher in (False, True):
-            for batch, weight in share([x for x in items if learns_from_base(x) == teacher]):
-                ce, hits = loss.ce_sum(model, batch, lean, teacher)
-                (weight * ce / n_tokens).backward()   # the window's count: no mean of means
-                step_ce, step_hits = step_ce + weight * ce.item(), step_hits + weight * hits
-        return step_ce, step_hits
-
-    def gradients_that_fit(items, n_tokens):
-        """The same in smaller micro-batches if memory does not suffice."""
-        while True:
-            try:
-                return gradients(items, n_tokens)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.exhausted(error):
-                    raise
-                if at.size == 1 or settings.model.shard:
-                    raise ValueError(f"train: step {at.step + 1}: out of memory in micro-batches of"
-                                     f" {at.size}; lower dataset.max_length, or set "
-                                     "train.checkpointing=true or model.quant=nf4") from error
-            optimizer.zero_grad()
-            at.size = -(-at.size // 2)
-            bar.write(f"train: step {at.step + 1}: out of memory; micro-batches of {at.size} now")
-
-    def keep(newest=s.checkpoints_kept):
-        files.sync(metrics)
-        checkpoint.save(folder / "checkpoints",
-                        {**optimizer.tensors(), **{f"best.{i}": p for i, p in
-                                                   enumerate(best_weights)}},
-                        {**vars(at), "before": before, "first": first, "identity": identity,
-                         "metrics": metrics.stat().st_size}, newest)
+    def keep():
+        at.save(folder, optimizer, identity, s.checkpoints_kept)
 
     if saved:
-        tensors, state = saved
-        before, first = state["before"], state["first"]
-        vars(at).update({key: state[key] for key in vars(at)}, size=min(size, state["size"]))
-        files.cut(metrics, state["metrics"])
-        metrics.touch()
-        best_weights = [tensors[k] for k in map("best.{}".format, range(len(tensors)))
-                        if k in tensors]
-        if best_weights:                              # the folder's may be newer than this
-            optimizer.restore({f"p.{i}": p for i, p in enumerate(best_weights)})
-            adapter.save(model, folder / "adapter", base_name)
-        optimizer.restore(tensors, at.step)
+        at.restore(saved, folder, optimizer, lambda: save("adapter"))
     else:
         metrics.unlink(missing_ok=True)
-        before, first = answers(), evaluate(0)
-        runlog.append(metrics, first)
-        print(f"step 0: {measure.show(first)}")
+        at.before, at.first = answers(), evaluate(0)
+        runlog.append(metrics, at.first)
+        print(f"step 0: {measure.show(at.first)}")
         if s.checkpoint_every:
             keep()
 
@@ -351,18 +316,13 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
             lr = lr_at(at.step, peak=s.lr, warmup=s.warmup_steps, total=len(plan),
                        schedule=s.schedule)
             model.train()
-            step_ce, hits = gradients_that_fit(items, n_tokens)
-            step_ce, hits, stop = parallel.add_up([step_ce, hits, len(stops)], optimizer.parameters)
+            ce, hits = gradients(items, n_tokens, at)
+            ce, hits, stop = parallel.add_up([ce, hits, len(stops)], optimizer.parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 optimizer.parameters, s.max_grad_norm or math.inf).item()
-            if not (math.isfinite(step_ce) and math.isfinite(grad_norm)):
-                adapter.save(model, folder / "last", base_name)
-                raise ValueError(
-                    f"train: step {at.step + 1}: loss {step_ce / n_tokens}, gradient norm "
-                    f"{grad_norm}. It changed nothing: {folder}/last is the adapter before it"
-                    + f", {folder}/adapter the best one" * bool(at.best)
-                    + ". Lower train.lr, or look at the step's examples:\n  "
-                    + "\n  ".join(item["source"] for item in items))
+            if not (math.isfinite(ce) and math.isfinite(grad_norm)):
+                save("last")
+                raise ValueError(diverged(at, ce / n_tokens, grad_norm, items, folder))
             optimizer.step(lr)
             optimizer.zero_grad()
             at.step += 1
@@ -370,8 +330,8 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
 
             # ----- what happened
             at.seen += sum(len(item["input_ids"]) for item in items)
-            at.seconds += time.perf_counter() - began # of training alone, not of evaluations
-            line = {"step": at.step, "epoch": epoch + 1, "loss": step_ce / n_tokens,
+            at.seconds += time.perf_counter() - began
+            line = {"step": at.step, "epoch": epoch + 1, "loss": ce / n_tokens,
                     "accuracy": hits / n_tokens, "lr": lr, "grad_norm": grad_norm,
                     "tokens_per_s": at.seen / at.seconds, "seconds": at.seconds,
                     "peak_memory_gib": runlog.peak_memory_gib(device)}
@@ -380,17 +340,16 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
             bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, "
                                 f"{line['tokens_per_s']:.0f} tokens/s")
             bar.update()
-            at.sums.append((step_ce, hits, n_tokens))
+            at.sums.append((ce, hits, n_tokens))
             if last or plan[at.step][0] != epoch:
-                ce, right, n = map(sum, zip(*at.sums, strict=True))
-                line = {"step": at.step, "epoch": epoch + 1, "epoch_loss": ce / n,
-                        "epoch_accuracy": right / n}
+                ce, hits, n_tokens = map(sum, zip(*at.sums, strict=True))
+                line = {"step": at.step, "epoch": epoch + 1, "epoch_loss": ce / n_tokens,
+                        "epoch_accuracy": hits / n_tokens}
                 runlog.append(metrics, line)
                 bar.write(f"epoch {epoch + 1}: {measure.show(line)}")
                 at.sums = []
-
             if s.save_every and at.step % s.save_every == 0:
-                adapter.save(model, folder / "steps" / f"{at.step:06d}", base_name)
+                save(f"steps/{at.step:06d}")
 
             # ----- is it the best so far?
             if val_set and (last or at.step % eval_every == 0):
@@ -398,15 +357,15 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
                 improved, at.stale = at.best is None or rank(line) < rank(at.best), at.stale + 1
                 if improved:
                     at.best, at.stale = line, 0
-                    best_weights = [p.detach().cpu().clone() for p in optimizer.parameters]
-                    adapter.save(model, folder / "adapter", base_name)
+                    at.best_weights = [p.detach().cpu().clone() for p in optimizer.parameters]
+                    save("adapter")
                 runlog.append(metrics, {**line, "best": improved})
                 bar.write(f"step {at.step}: {measure.show(line)}{', the best so far' * improved}")
 
             if stop or (s.checkpoint_every and (last or at.step % s.checkpoint_every == 0)):
                 keep()
             if stop:
-                adapter.save(model, folder / "last", base_name)
+                save("last")
                 bar.write(f"stopped after step {at.step}; go on with:\n"
                           f"  python train.py --resume {folder}")
                 sys.exit(130)
@@ -414,15 +373,48 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
         print(f"train: stopped, {at.stale} evaluations without a better one")
 
     # ----- the end: the best adapter answers
-    adapter.save(model, folder / "last", base_name)
+    save("last")
     if at.best is None:                               # no validation: the last one it is
         at.best = {"step": at.step}
-        adapter.save(model, folder / "adapter", base_name)
+        save("adapter")
     adapter.load(model, folder / "adapter")
-    measure.write_samples(folder / "samples.md", asked, before, answers())
+    measure.write_samples(folder / "samples.md", asked, at.before, answers())
+    n_facts = len(measure.held_out_facts(val_set))
     return (f"best: step {at.best['step']}: {measure.show(at.best)}"
             + f" on {n_facts} held-out questions" * bool(n_facts)
-            + f" (before training: {measure.show(first)})" * bool(val_set))
+            + f" (before training: {measure.show(at.first)})" * bool(val_set))
+
+
+def micro_batch_size(train_set, s):
+    """Samples a micro-batch: as many as train.token_budget takes, or what grad_accum leaves."""
+    if s.grad_accum != "auto":
+        return -(-s.batch_size // s.grad_accum)
+    longest = max(len(item["input_ids"]) for item in train_set.items)
+    return min(s.batch_size, max(1, s.token_budget // longest))
+
+
+def ranking(val_set, settings):
+    """A function of an evaluation's line: smaller is better. Retention below keep.min_retention
+    counts like recall lost: a hard bound would keep an adapter that forgot nothing because it
+    learned nothing."""
+    n_facts, best_by = len(measure.held_out_facts(val_set)), settings.train.best_by
+    if best_by == "recall" and not n_facts:
+        raise ValueError('train: best_by is "recall", but no validation example has a "value".')
+    by_recall = best_by == "recall" or (best_by == "auto" and n_facts > 0)
+
+    def rank(line):
+        lost = max(0.0, settings.keep.min_retention - line.get("retention", 1.0))
+        return (lost - line["recall"] if by_recall else lost + line["val_loss"], line["val_loss"])
+    return rank
+
+
+def diverged(at, loss, grad_norm, items, folder):
+    """What is said of a step whose loss or gradient is not a number."""
+    return (f"train: step {at.step + 1}: loss {loss}, gradient norm {grad_norm}. It changed "
+            f"nothing: {folder}/last is the adapter before it"
+            + f", {folder}/adapter the best one" * bool(at.best)
+            + ". Lower train.lr, or look at the step's examples:\n  "
+            + "\n  ".join(item["source"] for item in items))
 
 
 def speed_up(model, settings, device):
