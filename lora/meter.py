@@ -15,15 +15,15 @@ from .loss import logits_at
 
 
 @torch.no_grad()
-def drift(model, batches):
+def drift(model, batches, untouched=None):
     """(KL(base || tuned), cross-entropy of the tuned model, that of the base), in nats per
     supervised token over all batches; the KL is over the whole vocabulary, from both models'
-    logits. The base is the same model with its adapter off."""
+    logits. The base is the same model with its adapter off, or another one, untouched."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         with surgery.disabled(model):
-            base = F.log_softmax(logits_at(model, batch).float(), -1)            # (n, v)
+            base = F.log_softmax(logits_at(untouched or model, batch).float(), -1)   # (n, v)
         tuned = F.log_softmax(logits_at(model, batch).float(), -1)
         at = batch.targets[:, None]
         kl = F.kl_div(tuned, base, reduction="sum", log_target=True)

@@ -20,7 +20,7 @@ from lora.config import run_cli
 PAGE = Path(__file__).with_suffix(".html")
 SLOT = "{{result}}"
 TITLE = "When does LoRA put facts into a model, and at what price?"
-RECIPES = "untouched", "in-prompt", "r0", "r1", "r7", "r8"    # the rows of the main table
+RECIPES = "untouched", "in-prompt", "r0", "r1", "r7", "r8", "full"     # rows of the main table
 ALTS = {"ladder": "Recall of each rung of the repair ladder, with intervals",
         "early": "What is known and several losses over the steps of a run that held facts out",
         "which": "Recall, retention and spill-over with one repair taken out of r7",
@@ -148,6 +148,8 @@ def sections(result):
     beside = [arm for arm in arms if arm["arm"] in TAKEN_OUT and any(
         r7["model"] == arm["model"] for r7 in sevens)]
     whose = {arm["model"] for arm in beside}
+    sweeps = [arm for arm in arms if arm["metrics"].get("retention")
+              and arm not in ladder and arm["arm"] not in (*RECIPES, *TAKEN_OUT)]
     columns = [arm for arm in arms if arm["arm"] in ("untouched", "r7")]
     return [
         section("Claims", ["claim", "bound", "measured", "outcome"], [
@@ -179,6 +181,9 @@ def sections(result):
             [f"{arm['model']}, {arm['arm']}", arm["what"], *(of_metric(arm, m) for m in PRICED)]
             for arm in [*(r7 for r7 in sevens if r7["model"] in whose), *beside]],
             "r7, and r7 with one thing taken out.", "which"),
+        section("Other settings", ["model, recipe", "what", *(names[m] for m in PRICED)], [
+            [f"{arm['model']}, {arm['arm']}", arm["what"], *(of_metric(arm, m) for m in PRICED)]
+            for arm in sweeps]),
         section("Which facts are hard", ["model, kind of name", "facts", "never learned",
                                          "exposures needed, median of the learned"],
                 inertia(result["inertia"]),

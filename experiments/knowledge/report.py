@@ -25,7 +25,7 @@ from experiments.knowledge.score import summarise
 from lora.config import run_cli
 
 SCHEMA = "knowledge-result/1"
-MEANS = ("kl", "kl_unknown", "perplexity_ratio")              # measured a cell, averaged over seeds
+MEANS = "kl", "kl_unknown", "perplexity_ratio"                # of trained cells, over seeds
 
 
 def read_cells(home=HOME):
@@ -58,7 +58,7 @@ def arms_of(cells, order):
             metrics |= {name: None for name in metrics if name.startswith("retention")}
         for name in MEANS:
             values = [value for c in own if (value := c["metrics"].get(name)) is not None]
-            metrics[name] = mean(values) if values else None
+            metrics[name] = mean(values) if values and own[0]["settings"] else None
         made.append({"model": model, "arm": arm, "what": own[0]["what"],
                      "seeds": sorted(cell["seed"] for cell in own), "metrics": metrics,
                      **{key: mean(values) if (values := [effort(cell)[key] for cell in own

@@ -109,9 +109,9 @@ def replay_file(slot, model):
 
 
 def is_trained(sections):
-    """Whether runs/ has this very run, finished."""
+    """Whether runs/ has this very run, finished: samples.md, or a whole model, is its last file."""
     folder = Path("runs") / sections["train"]["run"]
-    if not (folder / "samples.md").exists():
+    if not any((folder / last).exists() for last in ("samples.md", "model/tokenizer.json")):
         return False
     own = HOME / "configs" / f"{folder.name}.json"
     return config.load(own) == config.load(folder / "config.json")
@@ -124,6 +124,7 @@ def cell(arms, model, arm, seed, threads):
     file = HOME / "cells" / f"{model}-{arm}-s{seed}.json"
     sections = settings_of(arms, model, trained or arm, seed)
     score = [*what.get("score", []), "--adapter", what.get("adapter", "adapter")]
+    trainer = ["-m", what["trainer"]] if "trainer" in what else ["train.py"]
     key = runlog.digest([sections, score, (HOME / f"world-{seed}/manifest.json").read_text()])
     if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("key") == key:
         return 0
@@ -131,9 +132,12 @@ def cell(arms, model, arm, seed, threads):
     own = HOME / "configs" / f"{folder.name}.json"
     own.parent.mkdir(parents=True, exist_ok=True)
     runlog.write_json(own, sections)
-    subject = ["--run", folder] if trained else ["--model", sections["model"]["name"]]
     if trained and not is_trained(sections):
-        call(HOME / "logs" / f"{folder.name}.log", threads, "train.py", "--config", own)
+        call(HOME / "logs" / f"{folder.name}.log", threads, *trainer, "--config", own)
+    subject = ["--model", sections["model"]["name"]]
+    if trained:
+        subject = [*subject, "--whole", folder / "model"] if (folder / "model").exists() else [
+            "--run", folder]
     made = file.with_suffix(".part")
     made.parent.mkdir(parents=True, exist_ok=True)
     call(HOME / "logs" / f"{file.stem}.log", threads, *SCORE, *subject, *score, "--world",
@@ -150,15 +154,17 @@ def cell(arms, model, arm, seed, threads):
 
 
 def effort(sections, folder):
-    """How often a step shows each fact, and how many numbers the adapter has."""
+    """How often a step shows each fact, and how many numbers train."""
     keep, data, facts = sections["keep"], sections["data"], 24
     if data.get("split_by") == "fact":
         facts -= round(facts * data["val_fraction"])
     own = 1 - keep.get("replay_share", 0) - keep.get("unknown_share", 0)
-    weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    header = 8 + int.from_bytes(weights[:8], "little")        # the rest are float32
+    file = next(f for f in (folder / "adapter/adapter_model.safetensors",
+                            folder / "model/model.safetensors") if f.exists())
+    with open(file, "rb") as weights:
+        header = 8 + int.from_bytes(weights.read(8), "little")
     return {"exposures_per_step": sections["train"].get("batch_size", 16) * own / facts,
-            "parameters": (len(weights) - header) // 4}
+            "parameters": (file.stat().st_size - header) // 4}     # float32
 
 
 def main(argv):
@@ -185,14 +191,15 @@ def main(argv):
     bar = tqdm(total=len(wanted), unit="cell", dynamic_ncols=True)
 
     def work(chain):
+        ready[chain[0][0]].result()
         for one in chain:
             seconds = cell(arms, *one, threads)
             bar.write(f"{one[0]}/{one[1]} seed {one[2]}: "
                       + (f"{seconds / 60:.1f} minutes" if seconds else "was finished"))
             bar.update()
     with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(lambda model: prepare(model, arms, wanted, threads),
-                      dict.fromkeys(model for model, _, _ in wanted)))
+        ready = {model: pool.submit(prepare, model, arms, wanted, threads)
+                 for model in dict.fromkeys(model for model, _, _ in wanted)}
         list(pool.map(work, chains.values()))
     bar.close()
 

@@ -105,13 +105,14 @@ def judge(item, answer, kind, world):
 
 
 class Subject:
-    """A model with or without an adapter, and how it is asked."""
+    """A model with or without an adapter, or one made whole from it, and how it is asked."""
 
-    def __init__(self, name, settings=None, folder=None, scale=1.0, decoding="greedy"):
+    def __init__(self, name, settings=None, folder=None, scale=1.0, decoding="greedy", whole=None):
         self.tokenizer = base.load_tokenizer(fetch.find(name))
         self.device = base.pick_device("auto")
-        self.model = base.load_model(fetch.find(name), self.device,
-                                     base.pick_dtype("auto", self.device))
+        dtype = base.pick_dtype("auto", self.device)
+        self.model = base.load_model(fetch.find(whole or name), self.device, dtype)
+        self.untouched = base.load_model(fetch.find(name), self.device, dtype) if whole else None
         self.format = dataset.choose_format(
             self.tokenizer, settings.dataset.format if settings else "auto")
         self.system, self.decoding = settings and settings.data.system, decoding
@@ -279,7 +280,8 @@ def score(subject, world, sets, before=None):
         for name, kind in (("kl", "general"), ("kl_unknown", "unknown")):
             said = [(a["question"], a["answer"] or ".", a["ended"])
                     for a in before["sets"][kind][:KL_PROMPTS]]
-            metrics[name] = meter.drift(subject.model, subject.batches(said))[0]
+            metrics[name] = meter.drift(subject.model, subject.batches(said),
+                                        subject.untouched)[0]
     return {"metrics": metrics, "sets": answered, "ranks": found}
 
 
@@ -347,6 +349,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description="Score a run, or with --model an untouched model.")
     parser.add_argument("--run", help="a run's folder; runs/x/last is its last adapter")
     parser.add_argument("--model", help="instead of --run: score this base")
+    parser.add_argument("--whole", help="a model folder made from --model, scored in its place")
     parser.add_argument("--world", required=True, help="folder of make_facts")
     parser.add_argument("--base", help="the untouched model's scores, for retention and KL")
     parser.add_argument("--out", required=True)
@@ -365,7 +368,7 @@ def main(argv):
         sets = {kind: sets[kind] for kind in asked.sets.split(",")}
     run = runlog.read_run(Path(asked.run) / asked.adapter) if asked.run else None
     subject = Subject(run.settings.model.name if run else asked.model, run and run.settings,
-                      run and run.adapter, asked.scale, asked.decoding)
+                      run and run.adapter, asked.scale, asked.decoding, asked.whole)
     if asked.in_prompt:
         subject.system = in_prompt(world)
     before = json.loads(Path(asked.base).read_text(encoding="utf-8")) if asked.base else None
