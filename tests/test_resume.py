@@ -272,15 +272,16 @@ def test_a_hundred_random_kills_of_a_short_real_run(tmp_path):
     assert fork(tmp_path)[0] == 0
     seconds, wanted = time.perf_counter() - began, result(tmp_path / "runs/t")
     shutil.rmtree(tmp_path / "runs")
-    rng, kills, ends = random.Random(0), 0, 0
-    while kills < 100 or (tmp_path / "runs").exists():
+    rng, kills, resumes, ends = random.Random(0), 0, 0, 0
+    while (more := min(kills, resumes) < 100) or (tmp_path / "runs").exists():
         begun = (tmp_path / "runs/t/config.json").exists()
         child = start(tmp_path, *(["--resume", "runs/t"] if begun else []))
+        resumes += begun
         until = time.perf_counter() + rng.uniform(0, seconds / 2)
-        while kills < 100 and time.perf_counter() < until and os.waitid(
+        while more and time.perf_counter() < until and os.waitid(
                 os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.01)
-        if kills < 100:
+        if more:
             os.kill(child, signal.SIGKILL)
         code = ended(child)
         kills += code == -signal.SIGKILL
@@ -289,7 +290,8 @@ def test_a_hundred_random_kills_of_a_short_real_run(tmp_path):
             assert result(tmp_path / "runs/t") == wanted, f"after {kills} kills"
             shutil.rmtree(tmp_path / "runs")
             ends += 1
-    print(f"{kills} kills, {ends} runs to their end, all as the uninterrupted one")
+            print(f"{kills} kills, {resumes} resumes, {ends} runs to their end", flush=True)
+    print("all as the uninterrupted one")
 
 
 # ----- faults ------------------------------------------------------------------------------------
