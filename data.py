@@ -186,11 +186,14 @@ def read_examples(path):
         print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
         return examples
     path, problems, examples, lines = Path(path), [], [], {"filled": 0, "blank": 0}
+    unread = set()
     for source, record in _records(path, problems, lines):
         try:
             made = _convert(record, source)
             problems += [f"{source}: {p}" for example in made for p in check(example)]
             examples += made
+            unread |= {key for turn in record.get("messages", record.get("conversations", ()))
+                       for key in turn} - {"role", "content", "from", "value"}
         except (ValueError, RecursionError) as error:      # deep: even its repr cannot be made
             problems.append(f"{source}: {error}")
     n_lines = sum(lines.values())
@@ -199,6 +202,8 @@ def read_examples(path):
     if problems:
         raise ValueError("\n".join(f"data: {p}" for p in problems))
     print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({lines['blank']} blank)")
+    if unread:
+        print(f"data: {path}: not read: {', '.join(map(repr, sorted(unread)))} of messages")
     return examples
 
 

@@ -110,6 +110,16 @@ def test_json_list_with_byte_order_mark_is_read(tmp_path):
     assert len(data.read_examples(path)) == 2
 
 
+def test_keys_of_messages_that_are_not_read_are_said(tmp_path, capsys):
+    messages = [{"role": "user", "content": "Who?", "name": "jo"},
+                {"role": "assistant", "content": "Me.", "weight": 0}]
+    data.read_examples(write(tmp_path / "d.jsonl", [{"messages": messages}, OK]))
+    assert f"data: {tmp_path}/d.jsonl: not read: 'name', 'weight' of messages" in \
+        capsys.readouterr().out
+    data.read_examples(write(tmp_path / "d.jsonl", [say(*ASKED), OK]))
+    assert "not read" not in capsys.readouterr().out
+
+
 def test_data_py_counts_its_facts(capsys):
     assert len(data.read_examples("data.py")) == sum(len(f.questions) for f in data.FACTS)
     assert f"{len(data.FACTS)} facts" in capsys.readouterr().out
