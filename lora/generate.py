@@ -6,10 +6,12 @@ Generation with a key/value cache: greedy or sampled, a batch of prompts at a ti
 
 import inspect
 import random
+from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
 
+SHORTEST = 8                      # beginning of prompts that is computed once for all
 NUCLEUS = 512                     # tokens sorted first; all of them only where these do not suffice
 
 
@@ -53,19 +55,25 @@ def generate(model, prompts, stop, max_new_tokens=40, temperature=0.0, top_p=1.0
 
 @torch.no_grad()
 def _batch(model, prompts, stop, max_new_tokens, choose, tell):
-    """Left padding: every row's next token is then at the same, last, position. Rows that have
-    ended leave the batch when they are half of it."""
+    """What all prompts begin with, p tokens, is computed once. The rest has its padding before it:
+    every row's next token is then at the same, last, position. Rows that have ended leave the batch
+    when they are half of it."""
     b, t = len(prompts), max(map(len, prompts))
+    p = _shared(model, prompts, t + max_new_tokens)
     ids = torch.zeros(b, t, dtype=torch.long)
     mask = torch.zeros(b, t + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, t - len(prompt):] = torch.tensor(prompt)
-        mask[row, t - len(prompt):] = 1
+        ids[row, :p], ids[row, t - len(prompt) + p:] = map(torch.tensor, (prompt[:p], prompt[p:]))
+        mask[row, :p] = mask[row, t - len(prompt) + p:] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask[:, :t].cumsum(1) - 1).clamp(min=0)            # (b, t): padding is no place
     answers, rows, open_rows, cache = [[] for _ in prompts], list(range(b)), set(range(b)), None
     may = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in may else {}
+    if p:
+        cache = model(input_ids=ids[:1, :p], use_cache=True, **last_only).past_key_values
+        cache.batch_repeat_interleave(b)
+        ids, positions = ids[:, p:], positions[:, p:]
     for n in range(max_new_tokens):
         out = model(input_ids=ids, attention_mask=mask[:, :t + n], position_ids=positions,
                     past_key_values=cache, use_cache=True, **last_only)
@@ -94,6 +102,14 @@ def _batch(model, prompts, stop, max_new_tokens, choose, tell):
             cache.batch_select_indices(keep)
             ids, positions, mask = ids[keep], positions[keep], mask[keep]
     return answers
+
+
+def _shared(model, prompts, length):
+    """How many tokens all prompts begin with; 0 where it does not pay, or where a sliding window
+    would count the padding between them and the rest."""
+    p = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or length
+    return p if len(prompts) > 1 and p >= SHORTEST and length <= window else 0
 
 
 def _choose(logits, temperature, top_p, draws):
