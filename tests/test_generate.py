@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import make_model
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import MistralConfig, MistralForCausalLM, RepetitionPenaltyLogitsProcessor
 
+from lora import flat
 from lora.generate import Stop, _choose, generate
 
 PROMPTS = [[7, 8, 9], [11], [12, 13, 14, 15, 16, 17]]
@@ -19,6 +20,29 @@ def test_greedy_equals_transformers_and_a_batch_equals_single_prompts():
                                 pad_token_id=0)
         assert answer == theirs[0, len(prompt):].tolist()
         assert generate(model, [prompt], Stop(frozenset()), 12) == [answer]
+
+
+def make_mistral():
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=24, initializer_range=0.3))
+
+
+@pytest.mark.parametrize(("make", "fast", "head", "shared"), [
+    (make_model, False, 12, True), (make_model, True, 12, True), (make_model, False, 5, False),
+    (make_mistral, False, 12, True), (make_mistral, False, 40, False)])
+def test_what_prompts_begin_with_is_computed_once_and_the_answers_are_the_same(
+        make, fast, head, shared):
+    model, seen = make(), []
+    prompts = [[*range(20, 20 + head), *prompt] for prompt in PROMPTS]
+    wanted = [generate(model, [prompt], Stop(frozenset()), 6)[0] for prompt in prompts]
+    if fast:
+        assert flat.enable(model) is None
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    assert generate(model, prompts, Stop(frozenset()), 6) == wanted
+    assert seen[:2] == ([(1, head), (3, 6)] if shared else [(3, head + 6), (3, 1)])
 
 
 def test_stops_at_the_stop_token_and_leaves_it_out():
