@@ -2,7 +2,7 @@
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make persona  train the companion, verify it, compare it with its base: reports/companion
 #   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
-#   make experiment  facts into a chat and a base model, the failed recipe and ours: 35 minutes
+#   make experiment  facts into a chat and a base model, the failed recipe and ours: 37 minutes
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3
@@ -35,8 +35,10 @@ experiment: .venv/run.done
 	$(PY) -m experiments.knowledge.run $(ARGS)
 	$(PY) -m experiments.knowledge.report
 
+# two processes of one thread each; the model first, for both would fetch it
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m scripts.fetch_model smollm2-135m-instruct
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 slow: setup
 	$(PY) -m pytest -m slow

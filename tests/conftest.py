@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")          # no test asks the hub: it would try for long
 
 import pytest
 import torch
@@ -35,6 +38,13 @@ def make_model(seed=0, **changes):
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
             "initializer_range": 0.3, **changes}
     return LlamaForCausalLM(LlamaConfig(**size)).eval()
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """No curves at the end of a run in this process: they are two thirds of a tiny one's time."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr("plots.figures.draw", lambda folder: None)
 
 
 @pytest.fixture
