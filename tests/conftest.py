@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import shutil
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")          # no test asks the hub: it would try for long
 
 import pytest
 import torch

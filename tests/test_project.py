@@ -25,7 +25,8 @@ MAY_IMPORT = {"lora": {"lora"}, "plots": {"plots"}, "data": set(), "inject": {"l
               "dataset": {"lora", "data"}, "measure": {"lora", "data", "dataset"},
               "train": VERBS | {"measure", "plots"},
               "scripts": VERBS | {"scripts.voices", "plots"},
-              "experiments": VERBS | {"experiments", "plots"}, "benchmarks": VERBS | {"benchmarks"}}
+              "experiments": VERBS | {"experiments", "plots", "train"},
+              "benchmarks": VERBS | {"benchmarks"}}
 USE = {"bank.py", "conversation.py", "gguf.py", "readers.py", "report.py", "text.py"}
 TRUST = {"checkpoint.py", "files.py", "parallel.py", "quant.py", "verify_resume.py", "selftest.py",
          "inspect.py"}

@@ -163,7 +163,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     (["--dataset.max_length=20"], "no example fits in max_length=20"),
     (["--fast"], "--fast: expected --config FILE or --section.key=value"),
 ])
-def test_errors_are_one_readable_message(home, args, message):
+def test_errors_are_one_readable_message(home, monkeypatch, args, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would try for long
     done = run(home, *args)
     assert done.returncode == 1 and message in done.stderr
     assert not (home / "runs").exists()

@@ -245,6 +245,8 @@ def test_a_server_that_never_is_ready_ends_with_its_children(tmp_path):
     (lambda: json.loads("{"), ValueError)])
 def test_a_failure_while_asking_ends_the_server(tmp_path, monkeypatch, fail, caught):
     child, before = tmp_path / "child", signal.getsignal(signal.SIGTERM)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # of a job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     vllm = executable(tmp_path / "vllm", LINGERS.format(child))
     monkeypatch.setattr(check_vllm, "wait", lambda *_: time.sleep(1))
     with pytest.raises(caught):

@@ -35,7 +35,8 @@ def main(argv):
     examples, _ = data.load(**asdict(settings.data), seed=s.seed)
     train_set = train.tokenise(examples, tokenizer, settings.dataset, "training")
     extras, per_epoch = train.extra_examples(examples, settings)
-    train_set.add(train.tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
+    if extras:
+        train_set.add(train.tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
     plan, _ = train.plan_of(train_set, per_epoch, s)
     optimizer = AdamW(model.parameters(), s.betas, s.eps, s.weight_decay)
     with runlog.opened(s.run) as folder:
