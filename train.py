@@ -432,7 +432,7 @@ def speed_up(model, settings, device):
         print(f"model: its blocks are split, {here / 2**30:.2f} GiB here instead of "
               f"{whole / 2**30:.2f}")
     if s.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     reason = flat.enable(model) if layout != "padded" else None
     if reason:
         print(f"train: batches are padded: {reason}")

@@ -218,7 +218,7 @@ def run_ours(arm, model, tokenizer, steps):
     if refused:
         raise ValueError(f"{arm}: {refused}")
     if arm == "ours-checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     initial_a, parameters = same_start(model), surgery.adapter_parameters(model.train())
     optimizer, lean = AdamW(parameters, BETAS, EPS, DECAY), "lean-head" not in off
 

@@ -258,7 +258,7 @@ def checkpointing(make):
     for _ in range(2):
         torch.manual_seed(0)
         found.append(step(model, micro_batches(model, samples(model))))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return within(model, apart(found[1], found[0]))
 
 

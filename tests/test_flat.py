@@ -199,7 +199,7 @@ def test_checkpointing_changes_no_gradient():
     assert flat.enable(model) is None
     model.train()
     plain = step(model, [flat.flatten(items)])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert_same_step(step(model, [flat.flatten(items)]), plain)
 
 

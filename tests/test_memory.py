@@ -30,7 +30,7 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_less():
     inject(model, r=4, lora_alpha=8)
     two, seven = parts(model, n=2)["activations"], parts(model)["activations"]
     assert seven == two / 100 * 7 * 50                        # 2 and 7 rows of 50 tokens
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert parts(model)["activations"] < seven / 5
 
 

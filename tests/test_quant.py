@@ -129,7 +129,7 @@ def test_checkpointing_gives_the_same_gradients():
     model = adapted(quantised()).train()
     plain = gradients(model)
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     again = gradients(model)
     assert all(torch.equal(plain[name], again[name]) for name in plain | again)
 
