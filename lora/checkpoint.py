@@ -7,7 +7,7 @@ Checkpoints: all that a run needs to go on as if it had never stopped.
 
 One is made between two steps: the accumulation window is empty there, and a step that was cut short
 is done again whole. No state of a random generator outlives a step either: order, adapters and
-dropout are drawn from seed and step (train.py). So tensors are adapter, moments and best adapter,
+dropout are drawn from seed and step. So tensors are adapter, moments and best adapter,
 and state, plain JSON, is the rest. The step gives the position in the data.
 """
 

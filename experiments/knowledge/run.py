@@ -7,7 +7,7 @@ Run the experiment: arms of arms.json on models and seeds, each trained by pytho
 
 A cell is one arm on one model with one seed. What is finished is not run again, unless its settings
 have changed; stop it at any time and call it again. Everything is in runs/: knowledge-MODEL-ARM-sN
-is an ordinary run of train.py, knowledge/cells/ has the scores.
+is an ordinary run of train.py (of full.py, for the arm full), knowledge/cells/ has the scores.
 """
 
 import argparse
