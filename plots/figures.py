@@ -102,10 +102,10 @@ def curves(lines, title, colours):
         panels[1].set(ylabel="recall (%)", ylim=(0, 104))
     low.plot(steps, [e["lr"] for e in train], color=colours["lr"], lw=1.5)
     low.set(ylabel="learning rate", xlabel="step (one optimizer update)",
-            xlim=(0, lines[-1]["step"]), ylim=(0, 1.1 * max(e["lr"] for e in train)))
+            xlim=(0, lines[-1]["step"] or 1), ylim=(0, 1.1 * max(e["lr"] for e in train) or 1))
     low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     top.set(ylabel="loss (nats per supervised token)",
-            ylim=(0, 1.05 * max([*losses, *(e["val_loss"] for e in val)])))
+            ylim=(0, 1.05 * max([*losses, *(e["val_loss"] for e in val)]) or 1))
     top.set_title(title, loc="left", fontweight="bold", color=ink)
     top.legend(loc="center right", frameon=False)
 

@@ -35,6 +35,11 @@ def without(key):
     return [{k: v for k, v in line.items() if k != key} for line in WHOLE]
 
 
+def test_a_loss_and_a_rate_of_zero_are_drawn():
+    figure = curves([{**TRAIN[0], "step": 0, "loss": 0.0, "lr": 0.0}], "t", LIGHT)
+    assert [panel.get_ylim() for panel in figure.axes] == [(0, 1), (0, 1)]
+
+
 def test_draws_a_light_and_a_dark_picture_and_the_same_bytes_again(tmp_path):
     run, pictures = run_folder(tmp_path / "demo", WHOLE), []
     for folder in (run, str(run)):
