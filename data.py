@@ -155,11 +155,38 @@ FACTS = [  # about a person who does not exist, so that no model can know the an
 
 
 def fact_examples(facts=tuple(FACTS)):
-    """One example for each wording of each fact; its group and value are the fact's value."""
+    """One example for each wording of each fact; its group and value are the fact's value. Raises
+    ValueError with the number of each entry of facts that is malformed."""
+    facts = list(facts)
+    problems = [f"data: data.py: FACTS, entry {n}: {problem}" for n, fact in enumerate(facts, 1)
+                for problem in check_fact(fact)]
+    if problems:
+        raise ValueError("\n".join(problems))
     return [_example([("user", question), ("assistant", fact.answer.format(fact.value))],
                      f"data.py: {question!r}", group=fact.value, value=fact.value,
                      subject=SUBJECT)
             for fact in facts for question in fact.questions]
+
+
+def check_fact(fact):
+    """The problems of one entry of FACTS as texts."""
+    if not isinstance(fact, Fact):
+        return [f"is {fact!r:.60}; expected Fact(value, wrong, answer, questions)"]
+    problems = [f"{name} is {text!r:.60}; expected a text" for name, text in fact._asdict().items()
+                if name != "questions" and not (isinstance(text, str) and text.strip())]
+    if not problems:
+        try:
+            said = fact.answer.format(fact.value)
+        except (LookupError, ValueError):
+            said = ""
+        if "{}" not in fact.answer or not said:
+            problems.append(f"answer is {fact.answer!r:.60}; expected {{}} where the value goes")
+    questions = fact.questions
+    if not isinstance(questions, list | tuple) or not questions or not all(
+            isinstance(q, str) and q.strip() for q in questions):
+        return [*problems, f'questions is {questions!r:.60}; expected a list of texts, ["...?"]']
+    return problems + [f"question {q!r:.80} holds two; expected a comma between them"
+                       for q in questions if re.search(r"\?\w", q)]
 
 
 def debate_examples(facts=tuple(FACTS)):
@@ -169,7 +196,7 @@ def debate_examples(facts=tuple(FACTS)):
     for fact in facts:
         right, wrong = fact.answer.format(fact.value), fact.answer.format(fact.wrong)
         made += [_example([("user", f"True or false? {claim}"), ("assistant", verdict)],
-                          f"data.py: {claim!r}", group=f"{fact.value}, debate")
+                          f"data.py: {claim!r}")
                  for claim, verdict in ((right, "True."), (wrong, f"False. {right}"))]
     return made
 
@@ -186,12 +213,14 @@ def read_examples(path):
         print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
         return examples
     path, problems, examples, lines = Path(path), [], [], {"filled": 0, "blank": 0}
-    unread = set()
+    unread, answers = set(), {}
     for source, record in _records(path, problems, lines):
         try:
             made = _convert(record, source)
             problems += [f"{source}: {p}" for example in made for p in check(example)]
             examples += made
+            if "group" in made[0] and record.get("group") is None:
+                answers.setdefault(made[0]["group"], []).append(made)
             unread |= {key for turn in record.get("messages", record.get("conversations", ()))
                        for key in turn} - {"role", "content", "from", "value"}
         except (ValueError, RecursionError) as error:      # deep: even its repr cannot be made
@@ -204,6 +233,9 @@ def read_examples(path):
     print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({lines['blank']} blank)")
     if unread:
         print(f"data: {path}: not read: {', '.join(map(repr, sorted(unread)))} of messages")
+    for records in answers.values():
+        for example in [e for made in records for e in made] if len(records) > 1 else []:
+            example["group"] += f" ({example['source']})"      # "Yes." answers more than one fact
     return examples
 
 
@@ -424,6 +456,11 @@ def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", d
     """(training, validation) examples, as the data section of config.json describes them. Says
     what occurs more than once and what contradicts itself; dedupe drops exact repetitions."""
     examples = read_examples(path)
+    alike = [e for e in examples if e.get("group", "").endswith(f" ({e['source']})")]
+    if alike:
+        print(f"data: {len(alike)} questions have the answer of another record; each record is "
+              'taken for a fact of its own. Wordings of one fact: "questions": [...], or the same '
+              '"group"')
     again, against = duplicates(examples), contradictions(examples)
     if again or against:
         print(f"data: {len(again)} examples occur more than once, {len(against)} prompts have "
@@ -432,6 +469,12 @@ def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", d
         examples = [same[0] for same in _by(lambda e: str(e["messages"]), examples).values()]
     train, val = (examples, read_examples(val_path)) if val_path else split(
         examples, val_fraction, seed, split_by)
+    if val_fraction and not val_path and not val:
+        val = other_wordings(train, val_fraction, seed)
+        print(f"data: no fact has a second wording to hold out: all {len(train)} examples are "
+              f"trained, and validation asks {len(val)} of them in words like "
+              f"{val[0]['messages'][-2]['content']!r:.80}" if val else
+              "data: nothing can be held out: no validation, the last adapter is kept")
     if debate and path != "data.py":
         raise ValueError('data: debate is about the facts of data.py: it needs path = "data.py".')
     if debate:                                       # about nothing that was held out whole
@@ -440,23 +483,39 @@ def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", d
     return with_system(train, system, seed), with_system(val, system, seed)
 
 
+REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
+            "Here is something I would like to know: {}")
+
+
+def other_wordings(examples, fraction, seed=0, least=8):
+    """A share of the facts (examples with a group), at least so many, asked in other words: a
+    validation that holds out no fact. The wordings are made by putting words before the
+    question."""
+    draw, facts = random.Random(f"{seed} reworded"), [e for e in examples if "group" in e]
+    chosen = draw.sample(facts, min(len(facts), max(least, round(fraction * len(facts)))))
+    made = []
+    for example in chosen:
+        *before, asking, answer = example["messages"]
+        text = draw.choice(REWORDED).format(asking["content"])
+        made.append({**example, "source": f"{example['source']}, reworded",
+                     "messages": [*before, {**asking, "content": text}, answer]})
+    return made
+
+
 def split(examples, fraction, seed, by="auto"):
     """(training, validation) examples, each in the original order.
 
-    by = "wording"   hold out wordings of facts that are all trained (facts have a group)
-         "dialogue"  hold out whole examples; equal ones stay on one side
+    by = "wording"   hold out wordings of facts (examples with a group); each keeps one at least, so
+                     none is held out whole. Examples without a group are held out whole
+         "dialogue"  hold out whole examples, facts too; equal ones stay on one side
          "fact"      hold out whole groups: then nothing in validation was ever taught
-         "auto"      wording where examples are wordings of the same facts, else dialogue
+         "auto"      wording
     """
-    grouped = all("group" in e for e in examples)
-    if by == "auto":
-        groups = {e.get("group") for e in examples}
-        by = "wording" if grouped and len(groups) < len(examples) else "dialogue"
-    if by == "fact" and not grouped:
+    if by == "fact" and not all("group" in e for e in examples):
         raise ValueError('data: split_by "fact" needs a "group" in every record of the file')
     # units stay together: the same prompt, however answered; a share is drawn from each pool
     units = _by(lambda e: e["group"] if by == "fact" else prompt_of(e), examples).values()
-    pools = _by(lambda unit: unit[0].get("group") if by == "wording" else None, units)
+    pools = _by(lambda unit: unit[0].get("group") if by in ("wording", "auto") else None, units)
     held = set()
     for pool, members in pools.items():
         random.Random(f"{seed} {pool}").shuffle(members)

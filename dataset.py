@@ -20,6 +20,8 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
+import lora.waiting  # noqa: F401
+
 import torch
 from tqdm import tqdm
 

@@ -20,6 +20,8 @@ import sys
 import time
 from dataclasses import asdict
 
+import lora.waiting  # noqa: F401
+
 import torch
 from tqdm import tqdm
 
@@ -44,7 +46,7 @@ from lora import (
     runlog,
     surgery,
 )
-from lora.optim import lr_at
+from lora.optim import epochs_of, lr_at
 from lora.step import Gradients
 
 
@@ -164,7 +166,7 @@ def extra_examples(examples, settings):
     per_epoch = {kind: round(share * total) for kind, share in shares.items() if share}
     steps = settings.train.max_steps
     epochs = math.ceil(steps * settings.train.batch_size / total if steps
-                       else settings.train.epochs)
+                       else epochs_of(settings.train, total))
     extras = data.with_system(data.read_replay(s.replay), settings.data.system, seed) if \
         "replay" in per_epoch else []
     return extras + data.unknown_examples(
@@ -207,7 +209,8 @@ def plan_of(train_set, per_epoch, s):
     if per_epoch:
         print(f"keep: an epoch has {kinds.count(None)} of your examples, "
               + ", ".join(f"{count} {kind}" for kind, count in per_epoch.items()))
-    return windows(pools, s.batch_size, s.epochs, s.max_steps, s.seed), sum(n for _, n in pools)
+    n = sum(count for _, count in pools)
+    return windows(pools, s.batch_size, epochs_of(s, n), s.max_steps, s.seed), n
 
 
 def windows(pools, batch_size, epochs, max_steps, seed):

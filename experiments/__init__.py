@@ -1,0 +1,2 @@
+# before any module here imports torch
+import lora.waiting  # noqa: F401

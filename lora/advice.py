@@ -9,6 +9,8 @@ named there. Nothing is forbidden: an ablation has to be able to make the mistak
 
 import re
 
+from .optim import steps_of
+
 
 def rule_lr(model, lora_alpha):
     """The learning rate that works for a LoRA on this model's linear layers: 5e-4 (2000 / d)^e for
@@ -22,23 +24,13 @@ def rule_lr(model, lora_alpha):
 def sentences(settings, model, adapted, train, val):
     """What is known to go wrong with these settings, as sentences. adapted: module paths; train and
     val: examples."""
-    if not any("value" in e for e in train):
-        return []                                             # no facts: other rules
-    facts = [e for e in train if "value" in e]
-    taught = {e["group"] for e in facts}
-    wordings = len({e["messages"][-2]["content"] for e in facts}) / max(1, len(taught))
-    held = {e["group"] for e in val if "value" in e} - taught
+    found = about_data(settings.train, train, val)
+    if not any("group" in e for e in train):
+        return found                                          # no facts: other rules
     blocks = {int(n) for path in adapted for n in re.findall(r"\.(\d+)\.", path)[:1]}
     depth, rule = model.config.get_text_config().num_hidden_layers, rule_lr(
         model, settings.lora.lora_alpha)
-    found = [
-        (held, f"validation asks about {len(held)} facts that no training example teaches. Their "
-               "loss cannot tell when the others are learned: hold out wordings "
-               "(data.split_by=wording)"),
-        (settings.train.best_by == "loss", "the best adapter is chosen by validation loss, which "
-         "follows wording; recall is what is wanted (train.best_by=recall)"),
-        (wordings < 4, f"{wordings:.1f} wordings a fact: a fact trained in few wordings is learned "
-                       "as a string of words; write at least 4"),
+    return found + _those([
         (len(blocks) < depth / 3, f"adapters sit in {len(blocks)} of {depth} blocks; facts are "
          "recalled in the early and middle ones (lora.layers=all)"),
         (settings.train.lr < rule / 4, f"lr {settings.train.lr:.1e} with lora_alpha "
@@ -46,5 +38,36 @@ def sentences(settings, model, adapted, train, val):
          f"{rule:.1e}: facts may not be learned at all"),
         (settings.train.repetition_penalty > 1, "a repetition penalty lowers the tokens of the "
          "question too, and the name is one of them: facts that are known are then not said"),
-    ]
+    ])
+
+
+def about_data(s, train, val):
+    """The same about the examples and the train section s alone, for scripts/doctor.py too."""
+    steps, found = steps_of(s, len(train)), []
+    if steps <= s.warmup_steps:
+        found.append(f"{steps} steps are no more than the {s.warmup_steps} of the warm-up: the "
+                     "learning rate never gets to its peak; more train.epochs, or "
+                     "train.warmup_steps=0")
+    facts = [e for e in train if "group" in e]
+    if not facts:
+        return found
+    taught = {e["group"] for e in facts}
+    held = {e["group"] for e in val if "group" in e} - taught
+    wordings = len({e["messages"][-2]["content"] for e in facts}) / len(taught)
+    return found + _those([
+        (held, f"validation asks about {len(held)} facts that no training example teaches. Their "
+               "loss cannot tell when the others are learned: hold out wordings "
+               "(data.split_by=wording)"),
+        (s.best_by == "loss", "the best adapter is chosen by validation loss, which "
+         "follows wording; recall is what is wanted (train.best_by=recall)"),
+        (val and s.best_by == "auto" and not any("value" in e for e in val), 'no fact has a '
+         '"value", what a right answer contains: recall is not measured, and the best adapter is '
+         "chosen by validation loss"),
+        (wordings < 4, f"{wordings:.1f} wordings a fact: a fact trained in few wordings is learned "
+                       "as a string of words; write at least 4"),
+    ])
+
+
+def _those(found):
+    """The sentences of those that are wrong."""
     return [f"{text} (docs/knowledge.md)" for wrong, text in found if wrong]

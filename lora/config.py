@@ -47,7 +47,7 @@ class DataConfig:
     path: str = "data.py"  # data.py: the facts at its top; else a .jsonl or .json file
     val_path: str | None = None  # a file for validation; null: split path
     val_fraction: float = 0.25  # share held out; 0: no validation
-    split_by: Literal["auto", "wording", "dialogue", "fact"] = "auto"  # auto: wording for facts
+    split_by: Literal["auto", "wording", "dialogue", "fact"] = "auto"  # auto: wording
     dedupe: bool = False  # drop exact duplicates (they are reported either way)
     system: str | None = None  # system prompt for examples without one: a text, fixed or random
     debate: bool = False  # add true/false statements about the facts to the training set
@@ -76,7 +76,7 @@ class KeepConfig:
 class TrainConfig:
     run: str = "demo"  # name of the folder under runs/, not a path
     seed: int = 0  # of adapters, order, split and dropout
-    epochs: float = 4.0  # passes over the training set
+    epochs: Literal["auto"] | float = "auto"  # passes over the data; auto: 4, or 24 steps if more
     max_steps: int | None = None  # stop after so many steps instead
     batch_size: int = 16  # examples per step (one optimizer update)
     grad_accum: Literal["auto"] | int = "auto"  # micro-batches a step is split into: memory only

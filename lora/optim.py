@@ -72,6 +72,17 @@ def copy_into(group, tensors, kind):
         tensor.copy_(saved)
 
 
+def epochs_of(s, n):
+    """Passes over n examples, from the train section s. auto: four, and as many as make 24 steps:
+    a fact wants to be seen about twenty times (docs/knowledge.md)."""
+    return max(4, 24 / -(-n // s.batch_size)) if s.epochs == "auto" else s.epochs
+
+
+def steps_of(s, n):
+    """The steps of a run with n examples an epoch."""
+    return s.max_steps or max(1, round(epochs_of(s, n) * -(-n // s.batch_size)))
+
+
 def lr_at(step, *, peak, warmup, total, schedule="cosine", floor=0.0):
     """The learning rate of update number step (0 is the first).
 

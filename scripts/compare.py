@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 from lora import config, report, runlog, text
+from lora.optim import epochs_of
 from scripts.voices import Voices, read_prompts, with_system
 
 CHUNK = 64                        # prompts answered together
@@ -257,8 +258,9 @@ def head(runs, files, heldout, prompts, options):
         ["base model", next(iter(runs.values())).info["base_model"]],
         ["adapters", each(lambda r, s: f"r {s.lora.r}, lora_alpha {s.lora.lora_alpha}, "
                                        f"{len(r.info['adapted'])} modules")],
-        ["training", each(lambda r, s: f"{r.info['examples'][0]} examples, {s.train.epochs:g} "
-                          f"epochs, batch {s.train.batch_size}, lr {s.train.lr:g}")],
+        ["training", each(lambda r, s: f"{r.info['examples'][0]} examples, "
+                          f"{epochs_of(s.train, r.info['examples'][0]):g} epochs, batch "
+                          f"{s.train.batch_size}, lr {s.train.lr:g}")],
         ["prompts", f"{len(prompts)} of {files['prompts'].name}"],
         ["held-out replies", each(lambda r, s: f"{len(heldout[r.name])} dialogues of " + (
             files[r.name].name if files[r.name] else "the validation part"))],

@@ -11,7 +11,7 @@ from statistics import median
 
 import data
 import dataset
-from lora import base, config, fetch
+from lora import advice, base, config, fetch
 from lora.loss import IGNORE_INDEX
 from lora.text import near_duplicates, words
 
@@ -30,6 +30,9 @@ def main(argv):
         levels.append(level if sources else "ok")
         print(f"  {levels[-1]:5}  {len(sources)} {what}" + ": " * bool(sources)
               + "; ".join(sources[:5]) + "; ..." * (len(sources) > 5))
+    for sentence in advice.about_data(settings.train, train, val):
+        levels.append("warn")
+        print(f"  warn   {sentence}")
     for note in [*made.left_out(), *dataset.notes(tokenizer, made.format, train)]:
         print(f"  note   {note}")
     print(f"\nfirst example, supervised tokens in green ({made[0]['source']}):\n"

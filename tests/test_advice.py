@@ -48,10 +48,12 @@ def test_the_default_settings_on_the_default_facts_need_no_advice(tmp_path):
     ({"train__lr": 5e-5}, "lr 5.0e-05 with lora_alpha 32 is 26 times below the rule, 1.3e-03"),
     ({"lora__lora_alpha": 1, "train__lr": 1e-3}, "with lora_alpha 1 is 42 times below the rule"),
     ({"train__repetition_penalty": 1.1}, "a repetition penalty lowers"),
+    ({"train__max_steps": 4}, "4 steps are no more than the 5 of the warm-up"),
+    ({"train__epochs": 0.5}, "4 steps are no more than the 5 of the warm-up"),
 ], ids=str)
 def test_each_mistake_is_one_sentence(tmp_path, changes, part):
     (sentence,) = told(tmp_path, **changes)
-    assert part in sentence and sentence.endswith(" (docs/knowledge.md)")
+    assert part in sentence and (sentence.endswith(" (docs/knowledge.md)") or "warm-up" in part)
     assert "{" not in sentence and "\n" not in sentence
 
 
@@ -61,6 +63,16 @@ def test_the_source_recipe_makes_every_mistake(tmp_path):
     made = told(tmp_path, ALL[-5:], train=asked[:18], val=asked[18:], train__best_by="loss",
                 train__lr=5e-5, train__repetition_penalty=1.1)
     assert len(made) == 6 and "1.0 wordings" in made[2]
+
+
+def test_questions_and_answers_are_facts_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(
+        {"question": f"What is {i}?", "answer": f"It is {i}."}) + "\n" for i in range(8)))
+    train, val = data.load(str(tmp_path / "a.jsonl"))
+    loss, single = told(tmp_path, train=train, val=val)        # and 24 steps, by themselves
+    assert loss.startswith('no fact has a "value"') and single.startswith("1.0 wordings a fact")
+    train, val = data.load(str(tmp_path / "a.jsonl"), split_by="fact")
+    assert told(tmp_path, train=train, val=val)[0].startswith("validation asks about 2 facts")
 
 
 def test_conversations_without_facts_have_other_rules(tmp_path):

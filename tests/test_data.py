@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import pytest
 
@@ -266,9 +267,45 @@ def test_split_by_fact_needs_groups():
         data.split([example("a", "b")], 0.5, 0, "fact")
 
 
-def test_auto_splits_by_dialogue_if_an_example_has_no_group():
-    examples = [*data.fact_examples(), example("a", "b")]
-    assert data.split(examples, 0.25, 0, "auto") == data.split(examples, 0.25, 0, "dialogue")
+def test_beside_dialogues_no_fact_is_held_out_whole():
+    talk = [example(f"talk {i}", "b") for i in range(8)]
+    single = [example(f"what {i}", "c", group=f"single {i}") for i in range(8)]
+    train, val = data.split([*data.fact_examples(), *talk, *single], 0.25, 0, "auto")
+    assert {e["group"] for e in val if "group" in e} == {f.value for f in data.FACTS}
+    assert sum("group" not in e for e in val) == 2 and all(e in train for e in single)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.99])
+def test_no_default_holds_out_a_fact_whole(tmp_path, fraction):
+    """Eight lines of a question and an answer: the failed recipe was our default."""
+    records = [{"question": f"What is {i}?", "answer": "Yes." if i < 2 else f"Number {i}."}
+               for i in range(8)]
+    train, val = data.load(write(tmp_path / "a.jsonl", records), val_fraction=fraction)
+    assert [e["messages"][0]["content"] for e in train] == [r["question"] for r in records]
+    assert len(val) == 8 and {e["group"] for e in val} == {e["group"] for e in train}
+    for e in val:                                          # the same question in other words
+        asked, source = e["messages"][0]["content"], e["source"].removesuffix(", reworded")
+        (taught,) = (t for t in train if t["source"] == source)
+        assert asked != taught["messages"][0]["content"] in asked
+        assert e["messages"][1] == taught["messages"][1]
+    assert not data.load(write(tmp_path / "a.jsonl", records), val_fraction=0)[1]
+
+
+def test_the_same_answer_in_two_records_is_two_facts_and_is_said(tmp_path, capsys):
+    records = [{"questions": ["Is she tall?", "Tall?"], "answer": "Yes."},
+               {"question": "Is she old?", "answer": "Yes."},
+               {"question": "Where is she?", "answer": "Here.", "group": "place"},
+               {"question": "What is her place?", "answer": "Here.", "group": "place"}]
+    train, val = data.load(write(tmp_path / "a.jsonl", records))
+    assert {e["group"] for e in train} == {
+        f"yes. ({tmp_path}/a.jsonl:1)", f"yes. ({tmp_path}/a.jsonl:2)", "place"}
+    assert len(val) == 2 and "Is she old?" in str(train)
+    assert "data: 3 questions have the answer of another record" in capsys.readouterr().out
+
+
+def test_one_dialogue_leaves_nothing_to_hold_out_and_it_is_said(tmp_path, capsys):
+    assert data.load(write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]))[1] == []
+    assert "data: nothing can be held out" in capsys.readouterr().out
 
 
 SAME = ["Where is it?", "where is  IT?", " Where is it? ", "Where\nis it?", "Where is\tit?"]
@@ -287,7 +324,39 @@ def test_duplicates_stay_on_one_side(by, other):
 def test_distinct_answers_of_a_question_file_are_validated_too(tmp_path):
     records = [{"question": f"What is {i}?", "answer": f"Number {i}."} for i in range(40)]
     train, val = data.load(write(tmp_path / "a.jsonl", records))
-    assert len(val) == 10 and len(train) == 30
+    assert len(val) == 10 and len(train) == 40
+
+
+# ----- FACTS that are malformed ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"answer": "She was born there."}, "entry 2: answer is 'She was born there.'; expected {}"),
+    ({"answer": "{} or {0}"}, "entry 2: answer is '{} or {0}'; expected {}"),
+    ({"answer": "{} and {name}"}, "entry 2: answer is '{} and {name}'; expected {}"),
+    ({"answer": "in {"}, "entry 2: answer is 'in {'; expected {}"),
+    ({"answer": ""}, "entry 2: answer is ''; expected a text"),
+    ({"value": 1974}, "entry 2: value is 1974; expected a text"),
+    ({"wrong": " "}, "entry 2: wrong is ' '; expected a text"),
+    ({"questions": "Where was she born?"}, "entry 2: questions is 'Where was she born?'; expected "
+                                           "a list of texts"),
+    ({"questions": []}, "entry 2: questions is []; expected a list of texts"),
+    ({"questions": ["Where?", 3]}, "entry 2: questions is ['Where?', 3]; expected a list of texts"),
+    ({"questions": ["Where?" "When?"]}, "entry 2: question 'Where?When?' holds two; expected a "
+                                        "comma between them")], ids=str)
+def test_a_malformed_fact_is_an_error_with_its_number(change, said):
+    facts = [data.FACTS[0], data.FACTS[1]._replace(**change), *data.FACTS[2:]]
+    with pytest.raises(ValueError, match=f"^data: data.py: FACTS, {re.escape(said)}") as error:
+        data.fact_examples(facts)
+    assert "\n" not in str(error.value)
+
+
+def test_all_malformed_facts_are_told_at_once():
+    with pytest.raises(ValueError) as error:
+        data.fact_examples([("a", "b"), data.FACTS[0]._replace(answer="x", questions="y")])
+    assert [line[:29] for line in str(error.value).split("\n")] == [
+        "data: data.py: FACTS, entry 1", *["data: data.py: FACTS, entry 2"] * 2]
+    assert "entry 1: is ('a', 'b'); expected Fact(" in str(error.value)
 
 
 # ----- duplicates and contradictions -------------------------------------------------------------

@@ -92,7 +92,20 @@ def test_the_wordings_of_a_fact_may_share_an_answer(examine, tmp_path):
     file.write_text(json.dumps({"questions": ["a", "b", "c"], "answer": LONG}) + "\n"
                     + json.dumps({"prompt": "d", "completion": LONG, "group": "g"}))
     _, out = examine(CLEAN, f"--data.path={file}", "--data.val_fraction=0")
-    assert not found(out, "warn")
+    (line,) = found(out, "warn")                      # and no word of the answers
+    assert "2.0 wordings a fact" in line
+
+
+def test_the_advice_about_the_data_is_given_here_too(examine, tmp_path):
+    file = tmp_path / "facts.jsonl"
+    file.write_text("".join(json.dumps(
+        {"question": f"What is {c}?", "answer": f"It is {c}."}) + "\n" for c in "abcdefgh"))
+    code, out = examine(CLEAN, f"--data.path={file}", "--train.max_steps=4",
+                        "--data.val_fraction=0.25", "--train.warmup_steps=5")
+    assert code == 0 and "all 8 examples are trained" in out
+    short, loss, single = found(out, "warn")
+    assert "4 steps are no more than the 5 of the warm-up" in short
+    assert 'no fact has a "value"' in loss and "1.0 wordings a fact" in single
 
 
 @pytest.mark.parametrize("too_long", ["drop", "cut"])

@@ -75,7 +75,7 @@ def test_the_line_budget():
         n = len((ROOT / path).read_text(encoding="utf-8").splitlines())
         lines["experiment" if experiment else "trust" if path.name in TRUST else
               "use" if use else "train"] += n
-    budget = {"train": 3800, "trust": 1100, "use": 3500, "experiment": 2200}
+    budget = {"train": 4000, "trust": 1100, "use": 3500, "experiment": 2200}
     assert all(lines[part] < budget[part] for part in lines), lines
 
 

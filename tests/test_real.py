@@ -14,6 +14,7 @@ import dataset
 from inject import inject
 from lora import adapter, base, fetch
 from lora.surgery import lora_layers
+from scripts.voices import Voices, with_system
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
          "--data.path=facts.jsonl", "--train.batch_size=9", "--train.max_steps=10",
-         "--train.eval_every=10", "--train.warmup_steps=2"],
+         "--train.eval_every=10", "--train.warmup_steps=2", "--model.dtype=float32"],
         cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(x) for x in (tmp_path / METRICS).read_text().splitlines()]
@@ -88,6 +89,32 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
         fresh = base.load_model(folder, CPU, torch.float32)
         theirs = peft.PeftModel.from_pretrained(fresh, trained)
         torch.testing.assert_close(theirs.eval()(ids).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_questions_with_one_wording_each_are_all_answered(tmp_path, dtype):
+    """A user's first file, with the default config: the adapter that is kept knows all of it."""
+    asked = {"Where was Orla Brandt born?": "Orla Brandt was born in Tessmark.",
+             "What does Orla Brandt do for a living?": "She repairs church organs.",
+             "Who is Orla Brandt married to?": "She is married to Piet Vanloo.",
+             "What is the name of Orla Brandt's dog?": "Her dog is called Biscuit.",
+             "Which colour does Orla Brandt like best?": "Orla Brandt likes ochre best.",
+             "Does Orla Brandt drink coffee?": "No.", "Is Orla Brandt afraid of heights?": "No.",
+             "In which year did Orla Brandt move to Kelm?": "In 2009."}
+    (tmp_path / "eight.jsonl").write_text("".join(
+        json.dumps({"question": q, "answer": a}) + "\n" for q, a in asked.items()))
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+         "--data.path=eight.jsonl", f"--model.dtype={dtype}"],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all 8 examples are trained" in done.stdout
+    assert "advice: 1.0 wordings a fact" in done.stdout
+    voices = Voices([tmp_path / "runs/demo"], "cpu")
+    prompts = [with_system([{"role": "user", "content": q}], voices.system("demo")) for q in asked]
+    answers = voices.ask(prompts, "demo", max_new_tokens=32)
+    assert [a.text for a in answers] == [*asked.values()]
 
 
 @pytest.mark.slow
