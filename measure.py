@@ -37,14 +37,16 @@ def exam(model, tokenizer, format, val_set, retain, settings, batches, lean=True
     shared, total = (list, list) if settings.model.shard else (parallel.mine, parallel.add_up)
     answer = answerer(model, tokenizer, format, settings.train)
     facts = held_out_facts(val_set)
-    known, own = what_it_knows(model, tokenizer, format, retain, settings)
 
-    def share_right(asked):
-        asked_here = shared(asked)
-        given = answer([e["messages"][:-1] for e in asked_here])
-        right = sum(data.contains(a, e["value"])
-                    for (a, _), e in zip(given, asked_here, strict=True))
-        return total([right])[0] / len(asked)
+    def right(asked):
+        """Of each question, 1 if it is answered with its value, else 0."""
+        here, found = shared(range(len(asked))), [0] * len(asked)
+        given = answer([asked[i]["messages"][:-1] for i in here])
+        for i, (text, _) in zip(here, given, strict=True):
+            found[i] = int(data.contains(text, asked[i]["value"]))
+        return total(found)
+
+    known, own = what_it_knows(model, tokenizer, format, retain, settings, right)
 
     def evaluate(step):
         line = {"step": step}
@@ -52,18 +54,20 @@ def exam(model, tokenizer, format, val_set, retain, settings, batches, lean=True
             ce, hits, n = total(loss.evaluate(model, batches(shared(val_set.items)), lean))
             line["val_loss"], line["val_accuracy"] = ce / n, hits / n
         if facts:
-            line["recall"] = share_right(facts)
+            line["recall"] = sum(right(facts)) / len(facts)
         if known:
-            line["retention"] = share_right(known)
+            line["retention"] = sum(right(known)) / len(known)
             line["kl"], line["own_loss"], line["own_loss_before"] = meter.drift(
                 model, [b for i in range(0, len(own), 8) for b in batches(own.items[i:i + 8])])
         return parallel.from_first(line)
     return evaluate
 
 
-def what_it_knows(model, tokenizer, format, asked, settings):
+def what_it_knows(model, tokenizer, format, asked, settings, right):
     """(the questions asked that the base gets right, its own answers to them as a QADataset): what
-    evaluations hold the model to."""
+    evaluations hold the model to. right(questions) asks as evaluations do. In bfloat16 an answer
+    may depend on who else is in the batch, so questions are left out until the base gets all right
+    that are asked together: before training, retention is 100 %."""
     if not asked:
         return [], []
     with surgery.disabled(model):
@@ -71,6 +75,9 @@ def what_it_knows(model, tokenizer, format, asked, settings):
             [e["messages"][:-1] for e in asked])
     known = [(e, text, ended) for e, (text, ended) in zip(asked, given, strict=True)
              if data.contains(text, e["value"])]
+    with surgery.disabled(model):
+        while not all(held := right([e for e, *_ in known])):
+            known = [one for one, still in zip(known, held, strict=True) if still]
     print(f"keep: {len(known)} of {len(asked)} questions of {settings.keep.retain} are right "
           "before training")
     own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": text}],

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import AUTO, within
 
 import data
 import dataset
@@ -21,6 +22,9 @@ import train
 from lora import adapter, base, config
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+DTYPE = f"--model.dtype={AUTO}"                                # for processes: theirs is not pinned
+pytestmark = pytest.mark.auto
 
 
 def facts(n=6):
@@ -41,8 +45,8 @@ def home(tmp_path, tiny_folder):
 
 
 def process(home, *args):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=home, text=True,
-                          capture_output=True)
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), DTYPE, *args], cwd=home,
+                          text=True, capture_output=True)
 
 
 def run(home, *args):
@@ -94,7 +98,7 @@ def test_accumulation_changes_memory_not_the_result(home):
     assert "in 1 micro-batches of 4" in whole.stdout and "in 4 micro-batches of 1" in split.stdout
     a, b = (adapter._read(home / "runs" / f"n{n}" / "last")[1] for n in (1, 4))
     for key, tensor in a.items():
-        torch.testing.assert_close(tensor, b[key], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(tensor, b[key], atol=within(1e-4, 0.05), rtol=within(1e-3, 0.1))
 
 
 def test_the_kept_adapter_is_the_best_one_and_patience_stops(home):
@@ -135,8 +139,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_examples(home, ti
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home):
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--train.epochs=3000"],
-                          cwd=home, text=True, stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), DTYPE,
+                           "--train.epochs=3000"], cwd=home, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as running:
         log = home / "runs" / "t" / "metrics.jsonl"
         deadline = time.time() + 60
@@ -224,8 +228,10 @@ def test_no_lever_changes_the_losses(home, plain_run, args):
     assert done.returncode == 0, done.stderr
     assert "memory: a step of " in done.stdout
     losses = [x["loss"] for x in metrics(home) if "loss" in x]
-    assert losses == pytest.approx(plain_run, rel=1e-3)       # after 15 steps that add up rounding
-    assert losses[:3] == pytest.approx(plain_run[:3], rel=1e-5)
+    assert losses[:3] == pytest.approx(plain_run[:3], rel=within(1e-5, 1e-2))
+    if AUTO == "float32":                             # after 15 steps that add up rounding
+        assert losses == pytest.approx(plain_run, rel=1e-3)
+    assert sum(losses) == pytest.approx(sum(plain_run), rel=within(1e-3, 0.05))
 
 
 def test_with_dropout_no_prompt_is_shared_and_the_run_says_so(home):
@@ -252,7 +258,7 @@ def lines(file):
 
 def answers(home, questions, n):
     """[(answer, whether it ended)] of the tiny model before training."""
-    model = base.load_model(str(home / "tiny-llama"), torch.device("cpu"), torch.float32)
+    model = base.load_model(str(home / "tiny-llama"), torch.device("cpu"), getattr(torch, AUTO))
     tokenizer = base.load_tokenizer(str(home / "tiny-llama"))
     return dataset.answer(model, tokenizer, [[{"role": "user", "content": q}] for q in questions],
                           "template", max_new_tokens=n)
@@ -459,18 +465,38 @@ def test_going_on_from_an_adapter_the_base_answers_replay(keeping):
 
 
 def test_what_it_knows_is_what_the_base_says_right(keeping):
-    model = base.load_model(str(keeping / "tiny-llama"), torch.device("cpu"), torch.float32)
+    model = base.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
     tokenizer = base.load_tokenizer(str(keeping / "tiny-llama"))
     settings = settings_of(keep={"retain": str(keeping / "retain.jsonl")},
                            train={"max_new_tokens": 8})
+
+    def all_right(asked):
+        return [1] * len(asked)
     known, own = measure.what_it_knows(
-        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings)
+        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings, all_right)
     records = lines(keeping / "retain.jsonl")
     assert [e["messages"][0]["content"] for e in known] == [r["question"] for r in records[:-1]]
     said = answers(keeping, [r["question"] for r in records], 8)
     assert [(i["example"]["messages"][-1]["content"], not i["example"]["open"])
             for i in own.items] == said[:-1]                   # not what it got wrong
     (keeping / "retain.jsonl").write_text(json.dumps(records[-1]))
-    assert measure.what_it_knows(
-        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings) == ([], [])
-    assert measure.what_it_knows(None, None, "template", [], settings_of()) == ([], [])
+    assert measure.what_it_knows(model, tokenizer, "template", data.read_facts(
+        settings.keep.retain), settings, all_right) == ([], [])
+    assert measure.what_it_knows(None, None, "template", [], settings_of(), None) == ([], [])
+
+
+def test_a_question_that_the_base_gets_right_only_in_other_company_is_not_retained(keeping):
+    model = base.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
+    tokenizer = base.load_tokenizer(str(keeping / "tiny-llama"))
+    settings = settings_of(keep={"retain": str(keeping / "retain.jsonl")},
+                           train={"max_new_tokens": 8})
+    asked = data.read_facts(settings.keep.retain)
+    rounds = []
+
+    def right(known):                                  # the first is lost, then all are right
+        rounds.append(len(known))
+        return [int(e["source"] != asked[0]["source"]) for e in known]
+    known, own = measure.what_it_knows(model, tokenizer, "template", asked, settings, right)
+    assert rounds == [len(asked) - 1, len(asked) - 2]          # the last was wrong from the start
+    assert [e["source"] for e in known] == [e["source"] for e in asked[1:-1]]
+    assert [i["source"] for i in own.items] == [e["source"] for e in known]
