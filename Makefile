@@ -9,6 +9,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 VLLM := .venv-vllm/bin/python
 RUN ?= runs/demo
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 -m
 BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
@@ -35,10 +36,12 @@ experiment: .venv/run.done
 	$(PY) -m experiments.knowledge.run $(ARGS)
 	$(PY) -m experiments.knowledge.report
 
-# two processes of one thread each; the model first, for both would fetch it
+# two processes of one thread each, unless you set another number; the model first, for both would
+# fetch it. What trains in the dtype "auto" is tested in both: no CPU decides what is tested.
 test: lint
 	$(PY) -m scripts.fetch_model smollm2-135m-instruct
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
+	$(PYTEST) "not slow"
+	AUTO_DTYPE=bfloat16 $(PYTEST) "auto and not slow"
 
 slow: setup
 	$(PY) -m pytest -m slow

@@ -46,13 +46,16 @@ def pick_dtype(wanted, device):
     a CPU without AMX or AVX512-BF16 emulates bfloat16 several times slower than float32."""
     if wanted != "auto":
         return getattr(torch, wanted)
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 at least as fast as float32."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and any(
-            getattr(torch.cpu, probe, lambda: False)()
-            for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.bfloat16 if fast else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, probe, lambda: False)()
+        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
 def load_tokenizer(name, trust_remote_code=False):

@@ -2,12 +2,26 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora import base
+
+# what model.dtype "auto" is in the tests, whatever this machine is good at; also for processes that
+# tests start, as --model.dtype
+AUTO = os.environ.get("AUTO_DTYPE", "float32")
+assert AUTO in ("float32", "bfloat16"), f"AUTO_DTYPE is {AUTO}"
+FAST_BFLOAT16, base.fast_bfloat16 = base.fast_bfloat16, lambda device: AUTO == "bfloat16"
+
+
+def within(float32, bfloat16):
+    """The bound for a number that was computed in the dtype that "auto" is."""
+    return bfloat16 if AUTO == "bfloat16" else float32
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
           "'<|im_end|>' + '\n' }}{% endfor %}"

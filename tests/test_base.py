@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import FAST_BFLOAT16, make_model, make_tokenizer
 
 from lora import base
 
@@ -20,6 +20,7 @@ def test_a_wanted_device_and_dtype_are_taken():
 def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, amx, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(base, "fast_bfloat16", FAST_BFLOAT16)
     assert base.pick_dtype("auto", CPU) == dtype
 
 

@@ -10,6 +10,8 @@ import pytest
 from scripts import chat
 from scripts.voices import Voices, with_system
 
+pytestmark = pytest.mark.auto
+
 
 @pytest.fixture(scope="module")
 def voices(home):

@@ -8,6 +8,8 @@ from lora import text
 from scripts import compare
 from scripts.voices import Answer
 
+pytestmark = pytest.mark.auto
+
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):

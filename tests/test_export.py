@@ -420,7 +420,7 @@ def test_ours_peft_and_llama_cpp_say_the_same(tmp_path, monkeypatch, capsys):
         [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
          "--data.path=facts.jsonl", "--train.batch_size=9", "--train.max_steps=10",
          "--train.eval_every=10", "--train.warmup_steps=2", "--lora.use_rslora=true",
-         "--lora.lora_alpha=11"], capture_output=True, text=True)
+         "--lora.lora_alpha=11", "--model.dtype=float32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for target in ("peft", "llama.cpp"):
         export.main(["runs/demo", "--to", target])

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from conftest import AUTO, within
 from safetensors.torch import load_file
 from test_resume import TIMING, ended, fork, start
-from test_train import KEEP, ROOT
+from test_train import DTYPE, KEEP, ROOT
 
 import measure
 from lora import parallel
+
+pytestmark = pytest.mark.auto
 
 
 @pytest.fixture
@@ -42,13 +45,19 @@ def outcome(home, run):
              for part in ("adapter", "last")})
 
 
-def assert_same(one, many, atol=1e-6):
+def assert_same(one, many):
+    """Metrics and adapters are the same. In bfloat16 gradients are rounded before they are summed,
+    and AdamW turns a gradient near zero into a whole step: there adapters are close as vectors."""
     assert len(one[0]) == len(many[0])
     for x, y in zip(one[0], many[0], strict=True):
-        assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
+        assert x == pytest.approx(y, rel=within(1e-4, 0.02), abs=within(1e-5, 0.01))
     for part, tensors in one[1].items():
         for key, tensor in tensors.items():
-            assert (tensor - many[1][part][key]).abs().max() < atol, f"{part}: {key}"
+            apart = tensor - many[1][part][key]
+            if AUTO == "float32":
+                assert apart.abs().max() < 1e-6, f"{part}: {key}"
+            else:
+                assert apart.norm() < 0.2 * tensor.norm(), f"{part}: {key}"
 
 
 # a step that is too small to add up rounding: adapters stay comparable after some steps
@@ -78,7 +87,7 @@ def test_a_last_window_with_fewer_samples_than_processes(home):
 
 def test_a_killed_process_ends_the_job_and_any_number_resumes_it(home):
     """With torchrun itself: its second process dies at the end of the third step."""
-    fork(home, *FLAGS, "--train.run=one")
+    fork(home, DTYPE, *FLAGS, "--train.run=one")
     (home / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -89,7 +98,7 @@ def test_a_killed_process_ends_the_job_and_any_number_resumes_it(home):
         "    sys.addaudithook(hook)\n")
     killed = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "train.py"), *FLAGS, "--train.run=many", "--train.checkpoint_every=1"],
+         str(ROOT / "train.py"), DTYPE, *FLAGS, "--train.run=many", "--train.checkpoint_every=1"],
         cwd=home, text=True, capture_output=True, env={
             **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(home)})
     assert killed.returncode != 0

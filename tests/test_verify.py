@@ -11,6 +11,8 @@ from lora import adapter, base
 from scripts import merge, verify
 from scripts.voices import Voices
 
+pytestmark = pytest.mark.auto
+
 
 @pytest.fixture
 def copy(home, tmp_path, monkeypatch):
@@ -73,6 +75,8 @@ def logits(model, voices, name=None):
 
 @pytest.fixture
 def voices(home, monkeypatch):
+    """In float32, in which a merge is exact."""
+    monkeypatch.setattr(base, "fast_bfloat16", lambda device: False)
     monkeypatch.chdir(home)
     return Voices(["runs/a", "runs/b"], "cpu")
 

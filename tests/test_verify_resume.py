@@ -9,6 +9,8 @@ from test_resume import fork
 
 from scripts import verify_resume
 
+pytestmark = pytest.mark.auto
+
 
 def test_a_killed_run_is_resumed_and_found_the_same(place, capsys):
     with contextlib.chdir(place):

@@ -12,6 +12,8 @@ import dataset
 from lora import runlog
 from scripts.voices import Voices, read_prompts, with_system
 
+pytestmark = pytest.mark.auto
+
 ASKED = [[{"role": "user", "content": "is it a dog?"}]]
 
 
