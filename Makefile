@@ -11,7 +11,7 @@ VLLM := .venv-vllm/bin/python
 RUN ?= runs/demo
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 -m
 BENCH := $(PY) -m benchmarks.train_speed
-ARMS := trl-fp32-4x4-lengthgrouped,trl-fp32-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
+ARMS := trl-{d}-4x4-lengthgrouped,trl-{d}-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
 .PHONY: setup train persona friends experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
@@ -68,7 +68,7 @@ bench-full: .venv/bench.done
 	for p in 0 30 100 300; do $(BENCH) --steps 2 --prefix $$p --arms $(ARMS),$(OFF) \
 	    --out benchmarks/results/smollm2-$$p.json || exit 1; done
 	$(BENCH) --model gemma-3-270m --arms $(ARMS) --out benchmarks/results/gemma-100.json
-	$(BENCH) --prefix 30 --batch 8 --steps 20 --reps 1 --arms trl-fp32-2x4-lengthgrouped,ours \
+	$(BENCH) --prefix 30 --batch 8 --steps 20 --reps 1 --arms trl-{d}-2x4-lengthgrouped,ours \
 	    --out benchmarks/results/curves-smollm2-30.json
 	$(PY) -m plots benchmarks/results
 

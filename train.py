@@ -278,7 +278,8 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
     def batches(items, size):
         return dataset.micro_batches(items, size, tokenizer.pad_token_id or 0, device, layout)
     print(memory.report(model, batches(train_set.items[:2], at.size)[0],
-                        batches([train_set[i] for i in plan[0][1]], at.size)[-1], lean))
+                        batches([train_set[i] for i in plan[0][1]], at.size)[-1], lean,
+                        *questions_at_once(val_set or train_set, retain, s)))
 
     def from_base(item):
         return (item["example"].get("kind"), settings.keep.replay_by) == ("replay", "probabilities")
@@ -386,6 +387,13 @@ def fit(model, tokenizer, train_set, val_set, settings, device, folder, per_epoc
     return (f"best: step {at.best['step']}: {measure.show(at.best)}"
             + f" on {n_facts} held-out questions" * bool(n_facts)
             + f" (before training: {measure.show(at.first)})" * bool(val_set))
+
+
+def questions_at_once(asked_set, retain, s):
+    """(prompts that an evaluation answers in one batch, tokens of the longest with its answer)."""
+    rows = max(8, len(measure.held_out_facts(asked_set)), len(retain))
+    longest = max(len(item["input_ids"]) for item in asked_set.items)
+    return min(memory.ROWS, rows), longest + s.max_new_tokens
 
 
 def micro_batch_size(train_set, s):

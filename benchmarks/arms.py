@@ -262,7 +262,8 @@ def work(arm, model, prefix, batch, steps, dtype, device):
     samples = make_samples(tokenizer, prefix, batch * steps)
     steps = [samples[i:i + batch] for i in range(0, len(samples), batch)]
     if arm == "machine":
-        return {**machine(device), "tokens": [sum(len(s["input_ids"]) for s in st) for st in steps],
+        return {**machine(device), "dtype": short(base.pick_dtype(dtype, device)),
+                "tokens": [sum(len(s["input_ids"]) for s in st) for st in steps],
                 "hashes": [step_hash((s["input_ids"], s["labels"]) for s in st) for st in steps]}
 
     dtype = base.pick_dtype(dtype, device)

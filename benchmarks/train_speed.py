@@ -54,12 +54,11 @@ from statistics import median
 from tqdm import tqdm
 
 WARMUP = 1                                             # steps before the clock counts
-DEFAULT = ("trl-fp32-{q}x4-lengthgrouped,trl-fp32-{q}x4-lengthgrouped-fulllogits,peft-loop-{q}x4,"
-           "ours")
-GRID = ("trl-default,trl-fp32-{b}x1,trl-fp32-{h}x2,trl-fp32-{q}x4,trl-fp32-{h}x2-checkpointing,"
-        "trl-fp32-{h}x2-lengthgrouped,trl-fp32-{q}x4-lengthgrouped,trl-fp32-{b}x1-paddingfree,"
-        "trl-fp32-{q}x4-paddingfree,trl-fp32-{b}x1-fulllogits,"
-        "trl-fp32-{q}x4-lengthgrouped-fulllogits,trl-bf16-{b}x1,trl-bf16-{q}x4,trl-autocast-{b}x1")
+DEFAULT = "trl-{d}-{q}x4-lengthgrouped,trl-{d}-{q}x4-lengthgrouped-fulllogits,peft-loop-{q}x4,ours"
+GRID = ("trl-default,trl-{d}-{b}x1,trl-{d}-{h}x2,trl-{d}-{q}x4,trl-{d}-{h}x2-checkpointing,"
+        "trl-{d}-{h}x2-lengthgrouped,trl-{d}-{q}x4-lengthgrouped,trl-{d}-{b}x1-paddingfree,"
+        "trl-{d}-{q}x4-paddingfree,trl-{d}-{b}x1-fulllogits,"
+        "trl-{d}-{q}x4-lengthgrouped-fulllogits,trl-{other}-{q}x4,trl-autocast-{b}x1")
 ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgrouped|-fulllogits"
        r"|-checkpointing)*|peft-loop(-\d+x\d+)?"
        r"|ours(-no-prefix|-padded|-no-lean-head|-no-fused-lora|-no-fused-leaves|-plain|-checkpointing)?")
@@ -68,7 +67,8 @@ ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgroupe
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name or a folder")
-    parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID")
+    parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID; {d} "
+                        "stands for fp32, or for bf16 where --dtype is bfloat16")
     for name, value, meaning in (("prefix", 100, "tokens that all samples share"),
                                  ("batch", 16, "samples per step"), ("steps", 1, "timed steps"),
                                  ("reps", 3, "processes per arm")):
@@ -77,15 +77,17 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="a file for the JSON line, too")
     asked = parser.parse_args()
-    names = asked.arms.replace("trl-grid", GRID).format(
-        b=asked.batch, h=asked.batch // 2, q=asked.batch // 4).split(",")
-    unknown = [name for name in names if not re.fullmatch(ARM, name)]
-    if unknown:
-        parser.error(f"unknown arms {unknown}; the top of benchmarks/train_speed.py lists them")
-
     host = run("machine", asked)
     if "error" in host:
         parser.error(host["error"])
+    # opponents compute in the dtype that ours computes in
+    dtypes = ("bf16", "fp32") if host["dtype"] == "bfloat16" else ("fp32", "bf16")
+    names = asked.arms.replace("trl-grid", GRID).format(
+        b=asked.batch, h=asked.batch // 2, q=asked.batch // 4, d=dtypes[0], other=dtypes[1]
+    ).split(",")
+    unknown = [name for name in names if not re.fullmatch(ARM, name)]
+    if unknown:
+        parser.error(f"unknown arms {unknown}; the top of benchmarks/train_speed.py lists them")
     print(json.dumps({k: v for k, v in host.items() if k not in ("hashes", "tokens")}, indent=2))
     runs = {name: [] for name in names}
     bar = tqdm([name for _ in range(asked.reps) for name in runs], unit="run", dynamic_ncols=True)

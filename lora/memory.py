@@ -1,13 +1,19 @@
 """
-How much memory a step will need, measured on a small one before training begins.
+How much memory a run will need, measured on a small step before training begins.
 
-    memory: a step of 464 tokens needs about 1.1 GiB beside Python and PyTorch: weights 0.51,
-    gradients and moments 0.03, activations 0.48, logits 0.04; 1.06 MiB of activations a token
+    memory: a step of 464 tokens needs about 1.1 GiB, an evaluation 0.7, beside 0.5 of Python and
+    PyTorch: weights 0.51, gradients and moments 0.03, activations 0.48, logits 0.04; 1.06 MiB of
+    activations a token
 """
+
+from pathlib import Path
 
 import torch
 
+from .generate import PREFILL
 from .loss import CHUNK, ce_sum
+
+ROWS = 64                         # prompts that an evaluation answers at once
 
 
 def estimate(model, probe, batch, lean=True):
@@ -26,13 +32,36 @@ def estimate(model, probe, batch, lean=True):
             "activations": per_token * tokens, "logits": min(logits, CHUNK) if lean else logits}
 
 
-def report(model, probe, batch, lean=True):
-    """The estimate as a sentence."""
+def evaluation(model, rows, length):
+    """Bytes that an evaluation needs beside weights and moments: rows prompts are answered at once,
+    length tokens each with their answers. Keys and values of all, one block's activations of the
+    tokens in one forward, float32 logits of the last position and a copy."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings().weight
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    wide = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None)
+                                         or 4 * config.hidden_size)
+    return (config.num_hidden_layers * per_token * head.itemsize * rows * length
+            + wide * head.itemsize * min(rows * length, PREFILL) + 8 * rows * len(head))
+
+
+def report(model, probe, batch, lean=True, rows=0, length=0):
+    """The estimates as a sentence; rows and length are those of evaluation()."""
     parts, tokens = estimate(model, probe, batch, lean), batch.inputs["input_ids"].numel()
     words = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    steady = parts["weights"] + parts["gradients and moments"]
+    beside = resident() - parts["weights"] if model.device.type == "cpu" and resident() else 0
     return (f"memory: a step of {tokens:,} tokens needs about {sum(parts.values()) / 2**30:.1f} "
-            f"GiB beside Python and PyTorch: {words}; "
+            f"GiB, an evaluation {(steady + evaluation(model, rows, length)) / 2**30:.1f}, beside "
+            + (f"{beside / 2**30:.1f} of " if beside > 0 else "") + f"Python and PyTorch: {words}; "
             f"{parts['activations'] / tokens / 2**20:.2f} MiB of activations a token")
+
+
+def resident():
+    """Bytes of this process in memory now; 0 where the system has no /proc."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * 4096 if file.exists() else 0
 
 
 def exhausted(error):

@@ -1,14 +1,21 @@
 """
-How long threads spin while they wait for each other: import this before torch, which reads it once.
+What libgomp and oneDNN read once, when torch is loaded: import this before torch.
 
-A product of matrices is split over OpenMP's threads, and those that are done first spin until the
-last one is. libgomp spins 300,000 turns before it sleeps: where another program holds a core, the
-thread that has work waits for the one that spins. Three thousand turns cost nothing on a quiet
-machine and leave the core to others on a busy one (benchmarks/waiting.py, docs/LOG.md). What you
-set yourself, GOMP_SPINCOUNT or OMP_WAIT_POLICY, stays. The numbers computed are the same.
+Waiting. A product of matrices is split over OpenMP's threads, and threads that finish first spin
+until the last one does. libgomp spins 300,000 turns before it sleeps: where another program holds
+a core, the thread that has work waits for the one that spins. 3,000 turns cost nothing on a quiet
+machine and leave the core to others on a busy one (benchmarks/waiting.py).
+
+Memory. oneDNN and PyTorch's layer over it keep the code they compiled for the last 1,024 shapes of
+products, about 30 MB a step in bfloat16, and each step has another number of tokens. The last 64
+shapes serve a step as fast. docs/LOG.md has the numbers.
+
+A variable that you set yourself stays. The computed numbers are the same.
 """
 
 import os
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "64")

@@ -216,7 +216,8 @@ def test_data_and_dataset(tmp_path, raw, options, shape, base):
         examples = sum(data.load(str(file), **options), [])
         records = in_file(raw)
         count = sum(len(r["questions"]) if "questions" in r else 1 for r in records)
-        assert len(examples) <= count and (options.get("dedupe") or len(examples) == count)
+        written = [e for e in examples if not e["source"].endswith(", reworded")]
+        assert len(written) <= count and (options.get("dedupe") or len(written) == count)
         said = "\0\0".join(m["content"] for e in examples for m in e["messages"])
         assert all(text in said for text in texts_of(records))
         made = dataset.QADataset(examples, BASE if base else CHAT, **shape)

@@ -115,7 +115,7 @@ def told(tmp_path_factory):
     make_model(pad_token_id=2, eos_token_id=2).save_pretrained(folder / "tiny")
     make_tokenizer().save_pretrained(folder / "tiny")
     lines = {"old": [("say a?", "red")],
-             "new": [("tell me b!", "blue"), ("say c?", "green"), ("Say  c?", "black")]}
+             "new": [("tell me b!", "blue"), ("say c?", "green"), ("say c?", "black")]}
     lines["all"] = lines["old"] + lines["new"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

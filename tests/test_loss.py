@@ -45,9 +45,11 @@ def adapted():
 
 
 def assert_same_step(one, other):
+    """Loss and each gradient differ by 1e-5 at most, relative to their length: one entry near zero
+    has no digits of its own."""
     assert abs(one[0] - other[0]) < 1e-6 * max(1, abs(other[0]))
     for a, b in zip(one[1], other[1], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

@@ -1,5 +1,12 @@
 """lora/memory.py: what a step keeps, counted on a small one."""
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from conftest import make_model
 from test_flat import samples
 
@@ -41,3 +48,33 @@ def test_the_estimate_of_flat_batches_counts_their_tokens():
     small, large = flat.flatten(samples(20)[:2]), flat.flatten(samples(20))
     text = memory.report(model, small, large)
     assert text.startswith(f"memory: a step of {large.inputs['input_ids'].numel()} tokens needs")
+
+
+def test_an_evaluation_holds_keys_and_values_of_all_questions():
+    model = make_model()                             # 2 blocks, 2 heads of 8, 272 words
+    one, two = (memory.evaluation(model, rows, 2000) for rows in (4, 8))
+    keys_and_values = 2 * 2 * 2 * 8 * 4 * 4 * 2000
+    assert two - one == keys_and_values + 8 * 4 * 272          # one forward takes PREFILL tokens
+    assert "an evaluation 0.0, beside" in memory.report(
+        model, *2 * [dataset.collate(samples(20)[:2], 0)], True, 4, 20)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_what_the_process_takes(tmp_path, dtype):
+    """Within 30 % of the peak of the default run, loading and evaluations and all."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+                           f"--model.dtype={dtype}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    step, evaluation, python = map(float, re.search(
+        r"needs about ([\d.]+) GiB, an evaluation ([\d.]+), beside ([\d.]+) of Python",
+        done.stdout).groups())
+    lines = map(json.loads, (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines())
+    peak = max(line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line)
+    print(dtype, max(step, evaluation) + python, peak)
+    assert max(step, evaluation) + python == pytest.approx(peak, rel=0.3)
+    assert dtype == "float32" or peak < 1.3
