@@ -70,7 +70,7 @@ bench-full: .venv/bench.done
 	$(BENCH) --model gemma-3-270m --arms $(ARMS) --out benchmarks/results/gemma-100.json
 	$(BENCH) --prefix 30 --batch 8 --steps 20 --reps 1 --arms trl-{d}-2x4-lengthgrouped,ours \
 	    --out benchmarks/results/curves-smollm2-30.json
-	$(PY) -m plots benchmarks/results
+	$(PY) -m benchmarks.figures benchmarks/results
 
 lines:
 	@git ls-files -z '*.py' ':!tests' | xargs -0 wc -l | sort -n

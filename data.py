@@ -9,16 +9,23 @@ answer contains; "8|eight" is either) and subject (the name of whom it is about)
 import json
 import random
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
+
+from lora.files import unique_keys
+
+Examples = list[dict]
+Split = tuple[Examples, Examples]                           # training, validation
 
 
 class Fact(NamedTuple):
     value: str        # what a right answer contains
     wrong: str        # a plausible other value, for true/false statements
     answer: str       # the short answer, {} where the value goes
-    questions: list   # wordings; some are held out: was the fact learned, or the text?
+    questions: list   # wordings; some are held out, to test the fact and not the text
 
 
 # ----- yours: the person and the prompts ---------------------------------------------------------
@@ -151,181 +158,173 @@ FACTS = [  # about a person who does not exist, so that no model can know the an
         "What is Mira Tosk most afraid of?"]),
 ]
 
+BOM = "\ufeff".encode()
+REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
+            "Here is something I would like to know: {}")
+
 # ----- reading -----------------------------------------------------------------------------------
 
 
-def fact_examples(facts=tuple(FACTS)):
-    """One example for each wording of each fact; its group and value are the fact's value. Raises
-    ValueError with the number of each entry of facts that is malformed."""
+def fact_examples(facts: Iterable[Fact] = FACTS) -> Examples:
+    """Build an example for each wording of each fact; its group and value are the fact's value.
+    Raises ValueError with the number of each malformed entry."""
     facts = list(facts)
     problems = [f"data: data.py: FACTS, entry {n}: {problem}" for n, fact in enumerate(facts, 1)
                 for problem in check_fact(fact)]
     if problems:
         raise ValueError("\n".join(problems))
-    return [_example([("user", question), ("assistant", fact.answer.format(fact.value))],
-                     f"data.py: {question!r}", group=fact.value, value=fact.value,
-                     subject=SUBJECT)
+    return [new_example([("user", question), ("assistant", fact.answer.format(fact.value))],
+                        f"data.py: {question!r}", group=fact.value, value=fact.value,
+                        subject=SUBJECT)
             for fact in facts for question in fact.questions]
 
 
-def check_fact(fact):
-    """The problems of one entry of FACTS as texts."""
+def check_fact(fact: Fact) -> list[str]:
+    """List the problems of one entry of FACTS."""
     if not isinstance(fact, Fact):
         return [f"is {fact!r:.60}; expected Fact(value, wrong, answer, questions)"]
     problems = [f"{name} is {text!r:.60}; expected a text" for name, text in fact._asdict().items()
                 if name != "questions" and not (isinstance(text, str) and text.strip())]
     if not problems:
         try:
-            said = fact.answer.format(fact.value)
+            fact.answer.index("{}")
+            fact.answer.format(fact.value)
         except (LookupError, ValueError):
-            said = ""
-        if "{}" not in fact.answer or not said:
             problems.append(f"answer is {fact.answer!r:.60}; expected {{}} where the value goes")
     questions = fact.questions
     if not isinstance(questions, list | tuple) or not questions or not all(
             isinstance(q, str) and q.strip() for q in questions):
         return [*problems, f'questions is {questions!r:.60}; expected a list of texts, ["...?"]']
-    return problems + [f"question {q!r:.80} holds two; expected a comma between them"
+    return problems + [f"question {q!r:.80} contains two questions; expected a comma between them"
                        for q in questions if re.search(r"\?\w", q)]
 
 
-def debate_examples(facts=tuple(FACTS)):
-    """A true and a false statement about each fact, judged: the original project's remedy against
-    a wrong belief. For the training set only."""
-    made = []
+def debate_examples(facts: Iterable[Fact] = FACTS) -> Examples:
+    """Build a true and a false statement about each fact, each with its verdict. Only the training
+    set takes them; the original project uses them against a wrong belief."""
+    examples = []
     for fact in facts:
         right, wrong = fact.answer.format(fact.value), fact.answer.format(fact.wrong)
-        made += [_example([("user", f"True or false? {claim}"), ("assistant", verdict)],
-                          f"data.py: {claim!r}")
-                 for claim, verdict in ((right, "True."), (wrong, f"False. {right}"))]
-    return made
+        for claim, verdict in ((right, "True."), (wrong, f"False. {right}")):
+            turns = [("user", f"True or false? {claim}"), ("assistant", verdict)]
+            examples.append(new_example(turns, f"data.py: {claim!r}"))
+    return examples
 
 
-def read_examples(path):
-    """The examples of data.py ("data.py") or of a JSONL or JSON file, in order.
+def read_examples(path: str | Path) -> Examples:
+    """Read the examples of data.py ("data.py") or of a JSONL or JSON file, in order.
 
     A record is {"messages": [...]}, {"conversations": [{"from": "human", "value": ...}, ...]},
     {"instruction", "input", "output", "system"}, {"prompt", "completion"}, or a question and
-    answer: {"question" or "questions": [...], "answer", "value"}. Prints how many examples came
+    answer: {"question" or "questions": [...], "answer", "value"}. Prints how many examples come
     from how many lines. Raises ValueError with file, line and fix for all problems at once."""
     if path == "data.py":
         examples = fact_examples()
         print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
         return examples
-    path, problems, examples, lines = Path(path), [], [], {"filled": 0, "blank": 0}
-    unread, answers = set(), {}
-    for source, record in _records(path, problems, lines):
+    path, problems, examples, grouped_by_answer = Path(path), [], [], []
+    unread, n_lines, n_blank = set(), 0, 0
+    for n, text in _json_texts(path):
+        lines = text.removesuffix("\n").split("\n")
+        n_lines += len(lines)
+        n_blank += sum(not line.strip() for line in lines)
+        if not text.strip():
+            continue
+        source = f"{path}:{n}" if n else str(path)
         try:
-            made = _convert(record, source)
-            problems += [f"{source}: {p}" for example in made for p in check(example)]
-            examples += made
-            if "group" in made[0] and record.get("group") is None:
-                answers.setdefault(made[0]["group"], []).append(made)
-            unread |= {key for turn in record.get("messages", record.get("conversations", ()))
-                       for key in turn} - {"role", "content", "from", "value"}
-        except (ValueError, RecursionError) as error:      # deep: even its repr cannot be made
-            problems.append(f"{source}: {error}")
-    n_lines = sum(lines.values())
+            value = json.loads(text, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{source}: not JSON: {error}")
+            continue
+        records = [(source, value)] if n else [
+            (f"{path}: record {i}", record) for i, record in enumerate(value, 1)]
+        for source, record in records:
+            try:
+                new = convert(record, source)
+                problems += [f"{source}: {p}" for example in new for p in check(example)]
+            except (ValueError, RecursionError) as error:  # deep: even its repr cannot be built
+                problems.append(f"{source}: {error}")
+                continue
+            examples += new
+            if "group" in new[0] and record.get("group") is None:
+                grouped_by_answer += new
+            for turn in record.get("messages", record.get("conversations", ())):
+                unread |= turn.keys() - {"role", "content", "from", "value"}
     if not (problems or examples):
-        problems.append(f"{path}: holds no examples ({n_lines} lines, {lines['blank']} blank)")
+        problems.append(f"{path}: holds no examples ({n_lines} lines, {n_blank} blank)")
     if problems:
         raise ValueError("\n".join(f"data: {p}" for p in problems))
-    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({lines['blank']} blank)")
+    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({n_blank} blank)")
     if unread:
         print(f"data: {path}: not read: {', '.join(map(repr, sorted(unread)))} of messages")
-    for records in answers.values():
-        for example in [e for made in records for e in made] if len(records) > 1 else []:
-            example["group"] += f" ({example['source']})"      # "Yes." answers more than one fact
+    for same in group_by(lambda e: e["group"], grouped_by_answer).values():
+        if len({example["source"] for example in same}) > 1:    # "Yes." answers several facts
+            for example in same:
+                example["group"] += f" ({example['source']})"
     return examples
 
 
-def _records(path, problems, lines):
-    """Yields (source, record) and counts filled and blank lines. A file that starts with [ is one
-    JSON list; any other is a record a line, read one at a time. Lines end at \\n or \\r\\n and
-    nowhere else: U+2028 inside a text is not an end of line."""
+def _json_texts(path):
+    """Yield (line number, text) of each line, or (None, text) of a file that starts with [. Lines
+    end at \\n or \\r\\n and nowhere else: U+2028 inside a text is not an end of line."""
+    only_blank = True
     try:
         with open(path, "rb") as file:
             for n, raw in enumerate(file, 1):
-                is_list = not lines["filled"] and raw.removeprefix(BOM).lstrip().startswith(b"[")
-                text = _decode(raw + file.read() if is_list else raw, path, n)
-                more = text.removesuffix("\n").split("\n")
-                lines["filled"] += sum(bool(line.strip()) for line in more)
-                lines["blank"] += sum(not line.strip() for line in more)
-                source = str(path) if is_list else f"{path}:{n}"
-                try:
-                    records = json.loads(text, object_pairs_hook=_once) if text.strip() else []
-                except (ValueError, RecursionError) as error:
-                    problems.append(f"{source}: not JSON: {error}")
-                    continue
-                if is_list:
-                    yield from ((f"{path}: record {i}", r) for i, r in enumerate(records, 1))
-                elif text.strip():
-                    yield source, records
+                is_list = only_blank and raw.removeprefix(BOM).lstrip().startswith(b"[")
+                raw += file.read() if is_list else b""
+                text = raw.decode("utf-8-sig" if n == 1 else "utf-8")
+                yield None if is_list else n, text
+                only_blank = only_blank and not text.strip()
     except OSError as error:
         raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
                          '.json file, or "data.py"') from error
-
-
-def _once(pairs):
-    """A JSON object whose keys differ: of two equal ones the first would be lost."""
-    keys = [key for key, _ in pairs]
-    if len(keys) > len(set(keys)):
-        raise ValueError(f"a key is there twice: {', '.join(keys):.60}")
-    return dict(pairs)
-
-
-BOM = "\ufeff".encode()
-
-
-def _decode(raw, path, n):
-    """Bytes from line n on as a text, without a BOM at the start of the file."""
-    try:
-        return raw.decode("utf-8-sig" if n == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = n + raw.count(b"\n", 0, error.start)
-        raise ValueError(f"data: {path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-                         "save the file as UTF-8") from error
+        line = n + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"data: {path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x});"
+                         " save the file as UTF-8") from error
 
 
-def _convert(record, source):
-    """The examples of one record: one, or one for each wording of a question."""
+def convert(record: dict, source: str) -> Examples:
+    """Turn a record into its examples: one, or one for each wording of a question. Raises
+    ValueError that says what is wrong with the record."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is {type(record).__name__}; expected an object")
-    extra = {k: record[k] for k in ("group", "value", "subject")
-             if record.get(k) is not None}
+    extra = {k: record[k] for k in ("group", "value", "subject") if record.get(k) is not None}
     if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
         raise ValueError(f"{', '.join(extra)}: {list(extra.values())}; expected texts")
-    extra = {k: str(v) for k, v in extra.items()} | ({"open": True} if record.get("open") else {})
-    start = [("system", record["system"])] if record.get("system") not in (None, "") else []
+    extra = {k: str(v) for k, v in extra.items()}
+    if record.get("open"):
+        extra["open"] = True
     if "messages" in record:
-        turns = _turns(record, "messages", "role", "content")
+        dialogues = [_turns(record, "messages", "role", "content")]
     elif "conversations" in record:
         names = {"human": "user", "gpt": "assistant"}
-        turns = [(names.get(who, who), text)
-                 for who, text in _turns(record, "conversations", "from", "value")]
+        dialogues = [[(names.get(who, who), text)
+                      for who, text in _turns(record, "conversations", "from", "value")]]
     elif "instruction" in record and "output" in record:
-        asked = [text for text in (record["instruction"], record.get("input"))
+        parts = [text for text in (record["instruction"], record.get("input"))
                  if text not in (None, "")]
-        if not all(isinstance(text, str) for text in asked):
+        if not all(isinstance(text, str) for text in parts):
             raise ValueError("instruction and input: expected texts")
-        turns = [("user", "\n\n".join(asked)), ("assistant", record["output"])]
+        dialogues = [[("user", "\n\n".join(parts)), ("assistant", record["output"])]]
     elif "prompt" in record and "completion" in record:
-        turns = [("user", record["prompt"]), ("assistant", record["completion"])]
+        dialogues = [[("user", record["prompt"]), ("assistant", record["completion"])]]
     elif "answer" in record and ("question" in record or "questions" in record):
-        asked = record.get("questions", [record.get("question")])
-        if not isinstance(asked, list) or not asked:
-            raise ValueError(f"questions is {asked!r:.40}; expected a list of texts")
-        extra.setdefault("group", _plain(record["answer"]))
-        return [_example([*start, ("user", q), ("assistant", record["answer"])], source, **extra)
-                for q in asked]
+        questions = record.get("questions", [record.get("question")])
+        if not isinstance(questions, list) or not questions:
+            raise ValueError(f"questions is {questions!r:.40}; expected a list of texts")
+        extra.setdefault("group", plain(record["answer"]))
+        dialogues = [[("user", q), ("assistant", record["answer"])] for q in questions]
     else:
         raise ValueError(f"keys {sorted(record)}; expected messages, conversations, instruction "
                          "and output, prompt and completion, or question and answer")
-    return [_example(start + turns, source, **extra)]
+    start = [("system", record["system"])] if record.get("system") not in (None, "") else []
+    return [new_example(start + turns, source, **extra) for turns in dialogues]
 
 
 def _turns(record, key, who, what):
-    """[(role, text)] of a list of messages."""
+    """Return [(role, text)] of a list of messages."""
     if not isinstance(record[key], list) or not all(
             isinstance(m, dict) and isinstance(m.get(who), str) and what in m for m in record[key]):
         raise ValueError(f"{key} is {record[key]!r:.60}; expected a list of objects with {who} "
@@ -333,23 +332,22 @@ def _turns(record, key, who, what):
     return [(m[who], m[what]) for m in record[key]]
 
 
-def _example(turns, source, **extra):
+def new_example(turns: list[tuple[str, str]], source: str, **extra) -> dict:
+    """Build an example from [(role, content)]; extra may hold group, value, subject and open."""
     return {"messages": [{"role": r, "content": c} for r, c in turns], "source": source, **extra}
 
 
-def check(example):
-    """The problems of one example as texts: roles, order, empty or broken contents."""
+def check(example: dict) -> list[str]:
+    """List the problems of one example: roles, order, empty or broken contents."""
     problems, expected = [], "user"
     messages = example["messages"]
     for i, message in enumerate(messages, 1):
         role, content = message["role"], message["content"]
-        if role == "system" and i == 1:
-            pass
-        elif role != expected:
-            problems.append(f"message {i} has role {role!r}; expected {expected!r}: after an "
-                            "optional system message, user and assistant alternate")
-            break
-        else:
+        if role != "system" or i > 1:
+            if role != expected:
+                problems.append(f"message {i} has role {role!r}; expected {expected!r}: after an "
+                                "optional system message, user and assistant alternate")
+                break
             expected = "assistant" if role == "user" else "user"
         if not isinstance(content, str):
             problems.append(f"message {i} is {type(content).__name__}; expected a text")
@@ -364,109 +362,20 @@ def check(example):
     return problems
 
 
-# ----- what keeps the rest of the model as it was ------------------------------------------------
-
-UNKNOWN = ["I don't know anything about {}.", "I'm sorry, I don't know who {} is.",
-           "I have no information about {}.", "I don't know {}, so I can't say."]
-FIRST = ("Anna Brian Carla David Elena Frank Grace Henry Irene James Kate Louis Maria Nathan "
-         "Olivia Peter Rosa Simon Tessa Victor").split()
-LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller Lewis Mason "
-        "Norris Owens Parker Reed Shaw Turner Walsh").split()
-
-
-def invented_name(draw, like="", close=False):
-    """A name nobody was taught: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun"), a nickname in
-    small letters ("dremlo"), or one that resembles another ("Mira Tonel", "Sutira Tosk"; close: in
-    every part, "Misola Toberk"): what differs has to be read to its end."""
-    def word(n):
-        return "".join(draw.choice("b d dr f g j k l m n r s t v z th sh br pl".split())
-                       + draw.choice("aeiou") for _ in range(n)) + draw.choice(["", *"lnrks"])
-
-    def near():
-        parts = like.split()
-        i = draw.randrange(len(parts))
-        old, half = parts[i], len(parts[i]) // 2
-        new = draw.choice((old[:half] + word(1), word(1) + old[half:].casefold(), word(2)))
-        parts[i] = new.title() if old[:1].isupper() else new
-        return " ".join(parts)
-
-    def closer():
-        made = []
-        for old in like.split():
-            start, end = old[:draw.choice((2, 3))], old[-draw.choice((2, 3)):]
-            made.append(draw.choice((start + word(1), word(1) + end, start + word(1) + end)))
-        return " ".join(new.title() if like[:1].isupper() else new for new in made)
-    kinds = (lambda: f"{draw.choice(FIRST)} {draw.choice(LAST)}", lambda: word(2),
-             lambda: f"{word(2).title()} {word(draw.choice((1, 2))).title()}")
-    return draw.choice(kinds + (near, near) * bool(like) + (closer,) * 3 * bool(like and close))()
-
-
-def unknown_examples(examples, n, seed=0, close=False):
-    """n questions of the examples with an invented name for their subject, answered by not
-    knowing: without them a model learns that whoever is asked about was born in Larkmoor."""
-    asked = [e for e in examples if "subject" in e and e["subject"] in e["messages"][-2]["content"]]
-    if n and not asked:
-        raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
-                         "stands in the question; data.py has SUBJECT")
-    known = {_plain(e["subject"]) for e in examples if "subject" in e}
-    draw, made = random.Random(f"{seed} unknown"), []
-    while len(made) < n:
-        for example in draw.sample(asked, min(len(asked), n - len(made))):
-            name = invented_name(draw, example["subject"], close)
-            while _plain(name) in known:
-                name = invented_name(draw, example["subject"], close)
-            before, asking, _ = (example["messages"][:-2], *example["messages"][-2:])
-            question = asking["content"].replace(example["subject"], name)
-            made.append({"messages": [*before, {"role": "user", "content": question},
-                                      {"role": "assistant",
-                                       "content": draw.choice(UNKNOWN).format(name)}],
-                         "source": f"don't know, after {example['source']}", "kind": "unknown"})
-    return made
-
-
-def read_facts(path):
-    """The examples of a file of questions with values; none without a file."""
-    examples = read_examples(path) if path else []
-    if missing := [e["source"] for e in examples if "value" not in e]:
-        raise ValueError(f'data: {missing[0]}: has no "value", what a right answer contains')
-    return examples
-
-
-def read_replay(path):
-    """The examples of a file of dialogues, or of a .txt file with a user's message a line: those
-    end with the message, for the model to answer."""
-    if Path(path).suffix != ".txt":
-        return [{**e, "kind": "replay"} for e in read_examples(path)]
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: {path}: cannot be read: {error}") from error
-    made = [{**_example([("user", line.strip())], f"{path}:{n}"), "kind": "replay"}
-            for n, line in enumerate(lines, 1) if line.strip()]
-    if not made:
-        raise ValueError(f"data: {path}: holds no prompts; expected a user's message a line")
-    return made
-
-
 # ----- choosing ----------------------------------------------------------------------------------
 
 
-def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", dedupe=False,
-         system=None, debate=False, seed=0):
-    """(training, validation) examples, as the data section of config.json describes them. Says
-    what occurs more than once and what contradicts itself; dedupe drops exact repetitions."""
+def load(path: str | Path = "data.py", *, val_path: str | Path | None = None,
+         val_fraction: float = 0.25, split_by: str = "auto", dedupe: bool = False,
+         system: str | None = None, debate: bool = False, seed: int = 0) -> Split:
+    """Return (training, validation) examples, as the data section of config.json describes them.
+
+    Prints what occurs more than once and what contradicts itself; dedupe drops exact repetitions.
+    Without val_path, a share of the examples is held out, or asked in other words."""
     examples = read_examples(path)
-    alike = [e for e in examples if e.get("group", "").endswith(f" ({e['source']})")]
-    if alike:
-        print(f"data: {len(alike)} questions have the answer of another record; each record is "
-              'taken for a fact of its own. Wordings of one fact: "questions": [...], or the same '
-              '"group"')
-    again, against = duplicates(examples), contradictions(examples)
-    if again or against:
-        print(f"data: {len(again)} examples occur more than once, {len(against)} prompts have "
-              "contradictory answers; python -m scripts.doctor lists them")
+    _report_repeats(examples)
     if dedupe:
-        examples = [same[0] for same in _by(lambda e: str(e["messages"]), examples).values()]
+        examples = [same[0] for same in group_by(lambda e: str(e["messages"]), examples).values()]
     train, val = (examples, read_examples(val_path)) if val_path else split(
         examples, val_fraction, seed, split_by)
     if val_fraction and not val_path and not val:
@@ -477,33 +386,40 @@ def load(path="data.py", *, val_path=None, val_fraction=0.25, split_by="auto", d
               "data: nothing can be held out: no validation, the last adapter is kept")
     if debate and path != "data.py":
         raise ValueError('data: debate is about the facts of data.py: it needs path = "data.py".')
-    if debate:                                       # about nothing that was held out whole
+    if debate:                                       # none about a fact that is held out whole
         taught = {e["group"] for e in train}
         train = train + debate_examples(f for f in FACTS if f.value in taught)
     return with_system(train, system, seed), with_system(val, system, seed)
 
 
-REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
-            "Here is something I would like to know: {}")
+def _report_repeats(examples):
+    """Print how many examples share an answer, occur more than once or contradict each other."""
+    alike = [e for e in examples if e.get("group", "").endswith(f" ({e['source']})")]
+    if alike:
+        print(f"data: {len(alike)} questions have the answer of another record; each record is a "
+              'fact of its own. Wordings of one fact: "questions": [...], or the same "group"')
+    repeated, contradictory = duplicates(examples), contradictions(examples)
+    if repeated or contradictory:
+        print(f"data: {len(repeated)} examples occur more than once, {len(contradictory)} prompts "
+              "have contradictory answers; python -m scripts.doctor lists them")
 
 
-def other_wordings(examples, fraction, seed=0, least=8):
-    """A share of the facts (examples with a group), at least so many, asked in other words: a
-    validation that holds out no fact. The wordings are made by putting words before the
-    question."""
+def other_wordings(examples: Examples, fraction: float, seed: int = 0, least: int = 8) -> Examples:
+    """Ask a share of the facts (examples with a group), least of them or more, in other words:
+    words before the question. This validation holds out no fact."""
     draw, facts = random.Random(f"{seed} reworded"), [e for e in examples if "group" in e]
     chosen = draw.sample(facts, min(len(facts), max(least, round(fraction * len(facts)))))
-    made = []
+    reworded = []
     for example in chosen:
-        *before, asking, answer = example["messages"]
-        text = draw.choice(REWORDED).format(asking["content"])
-        made.append({**example, "source": f"{example['source']}, reworded",
-                     "messages": [*before, {**asking, "content": text}, answer]})
-    return made
+        *before, question, answer = example["messages"]
+        text = draw.choice(REWORDED).format(question["content"])
+        reworded.append({**example, "source": f"{example['source']}, reworded",
+                         "messages": [*before, {**question, "content": text}, answer]})
+    return reworded
 
 
-def split(examples, fraction, seed, by="auto"):
-    """(training, validation) examples, each in the original order.
+def split(examples: Examples, fraction: float, seed: int, by: str = "auto") -> Split:
+    """Return (training, validation) examples, each in the original order.
 
     by = "wording"   hold out wordings of facts (examples with a group); each keeps one at least, so
                      none is held out whole. Examples without a group are held out whole
@@ -514,74 +430,79 @@ def split(examples, fraction, seed, by="auto"):
     if by == "fact" and not all("group" in e for e in examples):
         raise ValueError('data: split_by "fact" needs a "group" in every record of the file')
     # units stay together: the same prompt, however answered; a share is drawn from each pool
-    units = _by(lambda e: e["group"] if by == "fact" else prompt_of(e), examples).values()
-    pools = _by(lambda unit: unit[0].get("group") if by in ("wording", "auto") else None, units)
-    held = set()
+    units = group_by(lambda e: e["group"] if by == "fact" else prompt_of(e), examples).values()
+    pools = group_by(
+        lambda unit: unit[0].get("group") if by in ("wording", "auto") else None, units)
+    held_out = set()
     for pool, members in pools.items():
         random.Random(f"{seed} {pool}").shuffle(members)
         n = min(max(1, round(fraction * len(members))), len(members) - 1) if fraction else 0
-        held.update(id(example) for unit in members[:n] for example in unit)
-    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
+        held_out.update(id(example) for unit in members[:n] for example in unit)
+    return ([e for e in examples if id(e) not in held_out],
+            [e for e in examples if id(e) in held_out])
 
 
-def with_system(examples, system, seed=0):
-    """The examples with a system prompt where they have none: the text system, "fixed" for
-    SYSTEM_PROMPT, or "random" for one of SYSTEM_PROMPTS each."""
+def with_system(examples: Examples, system: str | None, seed: int = 0) -> Examples:
+    """Put a system prompt in front of the examples that have none: the text system, "fixed" for
+    SYSTEM_PROMPT, or "random" for one of SYSTEM_PROMPTS each; None adds nothing."""
     if system is None:
         return examples
-    draw, made = random.Random(f"{seed} system"), []
+    draw, prompted = random.Random(f"{seed} system"), []
+    fixed = SYSTEM_PROMPT if system == "fixed" else system
     for example in examples:
-        text = {"fixed": SYSTEM_PROMPT, "random": draw.choice(SYSTEM_PROMPTS)}.get(system, system)
-        first = [{"role": "system", "content": text}] * (example["messages"][0]["role"] != "system")
-        made.append({**example, "messages": first + example["messages"]})
-    return made
+        text = draw.choice(SYSTEM_PROMPTS) if system == "random" else fixed
+        messages = example["messages"]
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text}, *messages]
+        prompted.append({**example, "messages": messages})
+    return prompted
 
 
-def system_of(examples):
-    """(the system prompt that most examples have, or None; how many different ones there are)."""
-    systems = _by(lambda e: e["messages"][0]["content"] if e["messages"][0]["role"] == "system"
-                  else None, examples)
-    return max(systems, key=lambda text: len(systems[text])), len(systems)
+def system_of(examples: Examples) -> tuple[str | None, int]:
+    """Return (the system prompt that most examples have, or None; how many different ones)."""
+    firsts = [example["messages"][0] for example in examples]
+    systems = Counter(m["content"] if m["role"] == "system" else None for m in firsts)
+    return systems.most_common(1)[0][0], len(systems)
 
 
-def duplicates(examples):
-    """[[example, ...]] of examples that say the same, apart from case and white space."""
-    found = _by(lambda e: (prompt_of(e), _plain(e["messages"][-1]["content"])), examples)
-    return [same for same in found.values() if len(same) > 1]
+def duplicates(examples: Examples) -> list[Examples]:
+    """Group the examples that say the same, apart from case and white space."""
+    same = group_by(lambda e: (prompt_of(e), plain(e["messages"][-1]["content"])), examples)
+    return [group for group in same.values() if len(group) > 1]
 
 
-def contradictions(examples):
-    """[[example, ...]] with the same prompt and different last answers."""
-    return [same for same in _by(prompt_of, examples).values()
-            if len({_plain(e["messages"][-1]["content"]) for e in same}) > 1]
+def contradictions(examples: Examples) -> list[Examples]:
+    """Group the examples with the same prompt and different last answers."""
+    return [group for group in group_by(prompt_of, examples).values()
+            if len({plain(e["messages"][-1]["content"]) for e in group}) > 1]
 
 
-def prompt_of(example, system=True):
-    """All before the last answer, apart from case and white space: what is the same question."""
-    return tuple(_plain(m["content"]) for m in example["messages"][:-1]
+def prompt_of(example: dict, system: bool = True) -> tuple[str, ...]:
+    """Return all texts before the last answer as plain(): equal for the same question."""
+    return tuple(plain(m["content"]) for m in example["messages"][:-1]
                  if system or m["role"] != "system")
 
 
-def contains(answer, value):
-    """Does the answer give the value, as whole words, whatever the case? "8|eight" is given by
-    either. In Chinese, Japanese and Korean the value may touch its neighbours.
+def contains(answer: str, value: str) -> bool:
+    """Whether the answer has the value as whole words, whatever the case. "8|eight" is either. In
+    Chinese, Japanese and Korean the value may touch its neighbours.
 
     >>> contains("She keeps a Raven.", "raven"), contains("a craven man", "raven")
     (True, False)
     """
     letter = "[^\\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-    forms = "|".join(re.escape(_plain(form)) for form in value.split("|") if form.strip())
-    return re.search(f"(?<!{letter})(?:{forms})(?!{letter})", _plain(answer)) is not None
+    forms = "|".join(re.escape(plain(form)) for form in value.split("|") if form.strip())
+    return re.search(f"(?<!{letter})(?:{forms})(?!{letter})", plain(answer)) is not None
 
 
-def _by(key, things):
-    """{key: [the things with this key]}, all in their order."""
+def group_by(key: Callable, things: Iterable) -> dict:
+    """Return {key(thing): [the things with this key]}; keys and things keep their order."""
     groups = {}
     for thing in things:
         groups.setdefault(key(thing), []).append(thing)
     return groups
 
 
-def _plain(text):
-    """Lower case, single spaces, composed accents."""
+def plain(text: str) -> str:
+    """Return the text in lower case, with single spaces and composed accents."""
     return " ".join(normalize("NFC", str(text)).casefold().split())

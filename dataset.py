@@ -1,8 +1,8 @@
 """
 HOW an example becomes labels: render a conversation, mask what the user said, batch.
 
-    python dataset.py                       # two examples of the configured run, in colour:
-    python dataset.py --html mask.html 20   # supervised tokens stand out, special ones are visible
+    python dataset.py                             # two examples of the configured run, in colour
+    python dataset.py my.jsonl --n 20 --html mask.html  # supervised tokens stand out in a browser
 
 The loss covers what the assistant says and the token that ends its turn, nothing else:
 
@@ -10,60 +10,64 @@ The loss covers what the assistant says and the token that ends its turn, nothin
     labels: -100 ...                                         Hello!<|im_end|> -100
 """
 
-import argparse
 import html
+import math
+import random
 import sys
 from array import array
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from os.path import commonprefix
 from pathlib import Path
 
-import lora.waiting  # noqa: F401
+import lora.fast.waiting  # noqa: F401
 
 import torch
 from tqdm import tqdm
 
 import data
-from lora import base, config, fetch
-from lora.flat import flatten
-from lora.generate import Stop, generate
+from lora import config
+from lora.base import fetch, load
+from lora.fast.flat import flatten
+from lora.generate import Stop
 from lora.loss import IGNORE_INDEX, Batch
+from lora.run import parallel
 
 # ----- a conversation in pieces ------------------------------------------------------------------
-# A format turns messages into [(text, supervised)]. The pieces joined are the text the model sees.
+# A format turns messages into pieces [(text, supervised)]; joined they are what the model reads.
 # With reply=True the pieces end where the assistant's next answer begins: what chat sends.
 
 
-def chatml(messages, tokenizer, reply=False):
-    """ChatML written out by hand: the format to study. Supervised: answer and <|im_end|>."""
+def chatml(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
+    """Write ChatML by hand: the format to study. Supervised: the answer and <|im_end|>."""
     pieces = []
     for message in messages:
         pieces.append((f"<|im_start|>{message['role']}\n", False))
         pieces.append((f"{message['content']}<|im_end|>", message["role"] == "assistant"))
         pieces.append(("\n", False))
-    return pieces + [("<|im_start|>assistant\n", False)] * reply
+    return pieces + ([("<|im_start|>assistant\n", False)] if reply else [])
 
 
-def gemma(messages, tokenizer, reply=False):
-    """Gemma's turns, for a base model that comes without a template. It has no system turn: that
-    text begins the first user's."""
+def gemma(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
+    """Write Gemma's turns, for a base model that comes without a template. Gemma has no system
+    turn: its text begins the first user's."""
     pieces, before = [], ""
     for message in messages:
         if message["role"] == "system":
             before = message["content"] + "\n\n"
             continue
-        answers = message["role"] == "assistant"
-        pieces += [(f"<start_of_turn>{'model' if answers else 'user'}\n", False),
-                   (f"{before}{message['content']}<end_of_turn>", answers), ("\n", False)]
+        is_answer = message["role"] == "assistant"
+        pieces += [(f"<start_of_turn>{'model' if is_answer else 'user'}\n", False),
+                   (f"{before}{message['content']}<end_of_turn>", is_answer), ("\n", False)]
         before = ""
-    return pieces + [("<start_of_turn>model\n", False)] * reply
+    return pieces + ([("<start_of_turn>model\n", False)] if reply else [])
 
 
-def plain(messages, tokenizer, reply=False):
-    """Questions and answers as a base model may have read them; the end-of-text token ends an
-    answer. A prompt ends in Answer:\\n anyway, so reply adds nothing."""
+def plain(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
+    """Write questions and answers as a base model may have read them; the end-of-text token ends
+    an answer. A prompt ends in Answer:\\n anyway, so reply adds nothing."""
     pieces = []
     for message in messages:
         role, content = message["role"], message["content"]
@@ -75,13 +79,12 @@ def plain(messages, tokenizer, reply=False):
     return pieces
 
 
-def template(messages, tokenizer, reply=False):
-    """The tokenizer's own chat template, so that training renders what vLLM and chat will send.
+def template(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
+    """Render with the tokenizer's chat template, so that training reads what vLLM and chat send.
 
-    Where an answer begins and ends in the rendered text is known by rendering the conversation up
-    to it. A template that rewrites earlier turns (Qwen3 drops their thinking) leaves nothing to
-    find there: such a turn is not supervised.
-    """
+    The conversation rendered up to an answer shows where that answer begins. A turn that the
+    template rewrites later (Qwen3 drops its thinking) is not supervised. Raises ValueError if the
+    template refuses the messages."""
     def text(n, prompt):
         try:
             return tokenizer.apply_chat_template(messages[:n], tokenize=False,
@@ -103,20 +106,31 @@ def template(messages, tokenizer, reply=False):
 FORMATS = {"template": template, "chatml": chatml, "gemma": gemma, "plain": plain}
 
 
-def choose_format(tokenizer, wanted="auto"):
-    """The name of the format to use: the model's own template where it has one, else plain."""
-    if wanted == "auto":
-        wanted = "template" if tokenizer.chat_template else "plain"
+def choose_format(tokenizer, format: str = "auto") -> str:
+    """Return the format to use; "auto" is the model's template where it has one, else plain."""
+    if format == "auto":
+        format = "template" if tokenizer.chat_template else "plain"
     needs = {"template": ("chat_template", "chat template"), "plain": ("eos_token", "eos token")}
-    if wanted in needs and not getattr(tokenizer, needs[wanted][0]):
-        raise ValueError(f'dataset: format is "{wanted}", but this model has no {needs[wanted][1]}')
-    return wanted
+    if format in needs and not getattr(tokenizer, needs[format][0]):
+        raise ValueError(f'dataset: format is "{format}", but this model has no {needs[format][1]}')
+    return format
 
 
-def render(messages, tokenizer, format, loss_on="all", reply=False):
-    """(ids, mask): token ids and, for each, whether it is supervised. They grow together, a
-    piece at a time; nothing is searched for afterwards. Raises ValueError if a message contains
-    the text of a special token, or if there would be two BOS tokens."""
+def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
+           reply: bool = False) -> tuple[list[int], list[bool]]:
+    """Return (ids, mask): the token ids and, for each, whether it is supervised. They grow
+    together, a piece at a time; nothing is searched for afterwards. loss_on is "all" answers, the
+    "last" one or the whole "text". Raises ValueError if a message contains the text of a special
+    token, or if there would be two BOS tokens.
+
+    >>> class Letters:                    # a tokenizer: a character is a token, "." ends an answer
+    ...     added_tokens_decoder, bos_token_id, eos_token = {}, None, "."
+    ...     def encode(self, text, add_special_tokens): return [ord(letter) for letter in text]
+    >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    >>> ids, mask = render(messages, Letters(), "plain")
+    >>> "".join(chr(i) for i in ids), "".join("x" if on else "-" for on in mask)
+    ('Question: Hi\\nAnswer:\\nYo.\\n', '---------------------xxx-')
+    """
     for i, message in enumerate(messages, 1):
         for token in tokenizer.encode(message["content"], add_special_tokens=False):
             if token in special_ids(tokenizer):
@@ -127,7 +141,7 @@ def render(messages, tokenizer, format, loss_on="all", reply=False):
     keep = {"last": spoken[-1:], "text": range(len(pieces))}.get(loss_on, spoken)
 
     bos, ids, mask, text = tokenizer.bos_token_id, [], [], ""
-    if format != "template" and bos in tokenizer("a").input_ids[:1]:
+    if format != "template" and bos is not None and bos in tokenizer("a").input_ids[:1]:
         ids, mask = [bos], [False]                         # a template writes its own BOS
     for i, (piece, _) in enumerate(pieces):
         text += piece
@@ -143,13 +157,14 @@ def render(messages, tokenizer, format, loss_on="all", reply=False):
 
 
 @lru_cache
-def special_ids(tokenizer):
-    """The ids of all control tokens, named (eos, ...) or not."""
+def special_ids(tokenizer) -> set[int]:
+    """Return the ids of all control tokens, named (eos, ...) or not."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def stop_of(tokenizer, format):
-    """What ends an answer in this format, for generate(): read off a rendered probe."""
+def stop_of(tokenizer, format: str) -> Stop:
+    """Return what ends an answer in this format, for generate(), as a rendered probe shows it.
+    Raises ValueError if nothing does."""
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     pieces = FORMATS[format](probe, tokenizer)
     end = next(text for text, supervised in pieces if supervised).rpartition("ANSWER")[2]
@@ -162,40 +177,32 @@ def stop_of(tokenizer, format):
     return Stop(frozenset({tokenizer.eos_token_id}), end, tokenizer.decode)
 
 
-def end_of_answer(messages, tokenizer, format):
-    """Where in the rendered ids the last answer's text ends and what stops it begins."""
-    said = render(messages, tokenizer, format, "last")[1]
+def end_of_answer(messages: list[dict], tokenizer, format: str) -> int:
+    """Return the index in the rendered ids where the last answer ends and its stop begins."""
+    _, mask = render(messages, tokenizer, format, "last")
     stop = tokenizer.encode(stop_of(tokenizer, format).text, add_special_tokens=False)
-    return max((t for t, on in enumerate(said) if on), default=-1) + 1 - (len(stop) or 1)
+    return max([t + 1 for t, on in enumerate(mask) if on], default=0) - max(1, len(stop))
 
 
-def answer(model, tokenizer, prompts, format, **decoding):
-    """[(text, whether it ended)]: the model's answers to prompts (messages, the user's last), in
-    the format it was trained in; decoding goes to generate()."""
-    made = generate(model, [render(p, tokenizer, format, reply=True)[0] for p in prompts],
-                    stop_of(tokenizer, format), **decoding)
-    return [(tokenizer.decode(ids, skip_special_tokens=True).strip(),
-             len(ids) < decoding["max_new_tokens"]) for ids in made]
-
-
-def notes(tokenizer, format, examples):
-    """What a user should know about how this model's text is made, as sentences."""
+def notes(tokenizer, format: str, examples: list[dict]) -> list[str]:
+    """Return sentences for the user about a format that does not suit the model or ChatML."""
     sizes = [len(tokenizer.encode(mark, add_special_tokens=False))
              for mark in ("<|im_start|>", "<|im_end|>")]
     if format == "chatml" and sizes != [1, 1]:
         return ['format is "chatml", but this model has no ChatML tokens: <|im_end|> is '
                 f'{sizes[1]} tokens it never saw end a turn. "plain" suits a base model better.']
-    found, bare = [], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    bare = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    sentences = []
     if format == "template" and sizes == [1, 1]:
         for label, messages in (("the first example", examples[0]["messages"]),
                                 ("a dialogue without system prompt", bare)):
-            ours, own = ("".join(text for text, _ in write(messages, tokenizer))
-                         for write in (chatml, template))
-            at = max(0, len(commonprefix([ours, own])) - 12)
-            if ours != own:
-                found.append(f"the model's template differs from plain ChatML for {label}: it "
-                             f"renders {own[at:at + 90]!r}, ChatML {ours[at:at + 40]!r}")
-    return found
+            ours, theirs = ("".join(text for text, _ in write(messages, tokenizer))
+                            for write in (chatml, template))
+            at = max(0, len(commonprefix([ours, theirs])) - 12)
+            if ours != theirs:
+                sentences.append(f"the model's template differs from plain ChatML for {label}: it "
+                                 f"renders {theirs[at:at + 90]!r}, ChatML {ours[at:at + 40]!r}")
+    return sentences
 
 
 # ----- examples in tensors -----------------------------------------------------------------------
@@ -208,73 +215,85 @@ class QADataset:
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
     its system prompt, never a part of an answer). .dropped, .cut and .rewritten (by the template)
     hold sources. An example with "open" was broken off: what ends its last answer is no label.
-    Raises ValueError that names every example without anything to learn from.
-    """
+    Raises ValueError that names every example without anything to learn from."""
 
-    def __init__(self, examples, tokenizer, format="auto", *, max_length=512, too_long="drop",
-                 loss_on="all"):
-        self.format = format = choose_format(tokenizer, format)
+    def __init__(self, examples: list[dict], tokenizer, format: str = "auto", *,
+                 max_length: int = 512, too_long: str = "drop", loss_on: str = "all"):
+        self.tokenizer, self.format = tokenizer, choose_format(tokenizer, format)
+        self.max_length, self.too_long, self.loss_on = max_length, too_long, loss_on
         self.items, self.dropped, self.cut, self.rewritten = [], [], [], []
         problems = []
         for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
-            messages, source = example["messages"], example["source"]
             try:
-                ids, mask = render(messages, tokenizer, format, loss_on)
-                while len(ids) > max_length and too_long == "cut":
-                    first = int(messages[0]["role"] == "system")
-                    if len(messages) < first + 4:              # only one exchange is left
-                        break
-                    messages = messages[:first] + messages[first + 2:]
-                    ids, mask = render(messages, tokenizer, format, loss_on)
+                messages, ids, mask = self._shortened(example["messages"])
             except ValueError as error:
-                problems.append(f"{source}: {error}")
+                problems.append(f"{example['source']}: {error}")
                 continue
             if len(ids) > max_length:
-                self.dropped.append(source)
-                continue
-            if messages is not example["messages"]:
-                self.cut.append(source)
-            if example.get("open"):                            # its end was never said: no label
-                end = end_of_answer(messages, tokenizer, format)
-                mask[end:] = [False] * (len(mask) - end)
-            if not any(mask[1:]):
-                problems.append(f"{source}: no supervised token: nothing to learn from")
-                continue
-            turns = {"last": 1, "text": 0}.get(loss_on, sum(m["role"] == "assistant"
-                                                            for m in messages))
-            if sum(b > a for a, b in zip(mask, mask[1:], strict=False)) < turns:
-                self.rewritten.append(source)
-            labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
-            self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
-                               "source": source, "example": example})
+                self.dropped.append(example["source"])
+            elif not self._add(example, messages, ids, mask):
+                problems.append(f"{example['source']}: no supervised token: nothing to learn from")
         if not self.items and not problems:
             problems.append(f"no example fits in max_length={max_length}; raise dataset.max_length")
         if problems:
             raise ValueError("\n".join(f"dataset: {p}" for p in problems))
-        self.stop = stop_of(tokenizer, format)
+        self.stop = stop_of(tokenizer, self.format)
 
-    def __len__(self):
+    def _shortened(self, messages):
+        """Return (messages, ids, mask), with too_long="cut" without the oldest turns."""
+        first, can_cut = int(messages[0]["role"] == "system"), self.too_long == "cut"
+        ids, mask = render(messages, self.tokenizer, self.format, self.loss_on)
+        while can_cut and len(ids) > self.max_length and len(messages) >= first + 4:
+            messages = messages[:first] + messages[first + 2:]
+            ids, mask = render(messages, self.tokenizer, self.format, self.loss_on)
+        return messages, ids, mask
+
+    def _add(self, example, messages, ids, mask):
+        """Append an item; return whether it has any label to learn from."""
+        if messages is not example["messages"]:
+            self.cut.append(example["source"])
+        if example.get("open"):                                # its end is unknown: no label
+            end = end_of_answer(messages, self.tokenizer, self.format)
+            mask = [on and t < end for t, on in enumerate(mask)]
+        n_answers = sum(message["role"] == "assistant" for message in messages)
+        n_starts = sum(on and not before for before, on in pairwise(mask))
+        if n_starts < {"last": 1, "text": 0}.get(self.loss_on, n_answers):
+            self.rewritten.append(example["source"])
+        labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
+        self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
+                           "source": example["source"], "example": example})
+        return any(mask[1:])
+
+    def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         return self.items[i]
 
-    def add(self, other):
-        """The examples of another QADataset after these."""
+    def add(self, other: "QADataset") -> None:
+        """Append the examples of another QADataset."""
         self.items += other.items
 
-    def left_out(self):
-        """Sentences about the examples that were dropped, cut, or only partly supervised."""
+    def left_out(self) -> list[str]:
+        """Return sentences about the examples that were dropped, cut, or only partly supervised."""
         kinds = (("dropped: longer than max_length", self.dropped),
                  ("cut to max_length, oldest turns first", self.cut),
                  ("with answers the template rewrites: not supervised", self.rewritten))
-        return [f"{len(sources)} {what}: {', '.join(sources[:5])}{', ...' * (len(sources) > 5)}"
-                for what, sources in kinds if sources]
+        return [f"{len(sources)} {what}: {', '.join(sources[:5])}"
+                + (", ..." if len(sources) > 5 else "") for what, sources in kinds if sources]
 
 
-def collate(items, pad_id, device="cpu"):
-    """A Batch padded on the right to (b, t). The pad token may be any token, the stop token too:
-    what is padding is said by the mask, and padding is never a label."""
+def collate(items: list[dict], pad_id: int, device="cpu") -> Batch:
+    """Pad items on the right to one Batch of (b, t). The pad token may be any token, the stop token
+    too: the attention mask says what is padding, and padding is never a label.
+
+    >>> batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    ...                  {"input_ids": [5, 8], "labels": [-100, 8]}], pad_id=0)
+    >>> [batch.inputs[name].tolist() for name in ("input_ids", "attention_mask")]
+    [[[5, 6, 7], [5, 8, 0]], [[1, 1, 1], [1, 1, 0]]]
+    >>> batch.rows.tolist(), batch.targets.tolist()    # of six positions, 0, 1 and 3 predict
+    ([0, 1, 3], [6, 7, 8])
+    """
     t = max(len(item["input_ids"]) for item in items)
 
     def padded(rows, filler):
@@ -286,9 +305,10 @@ def collate(items, pad_id, device="cpu"):
                   "attention_mask": mask}, rows, labels.flatten()[rows])
 
 
-def micro_batches(items, size, pad_id, device="cpu", layout="padded"):
-    """The examples of one step in batches of at most size, sorted by length, so that little is
-    padded; or flat, with or without shared prefixes (lora/flat.py). How they are split changes
+def micro_batches(items: list[dict], size: int, pad_id: int, device="cpu",
+                  layout: str = "padded") -> list[Batch]:
+    """Split the examples of one step into batches of at most size, sorted by length so that little
+    is padded; or flat, with or without shared prefixes (lora/fast/flat.py). The split changes
     memory and speed, never the step's loss."""
     rows = sorted(items, key=lambda item: len(item["input_ids"]))
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
@@ -297,11 +317,64 @@ def micro_batches(items, size, pad_id, device="cpu", layout="padded"):
     return [flatten(part, device, share=layout == "shared") for part in parts]
 
 
+@dataclass
+class Batches:
+    """How a run turns examples into batches; pad_id, device and layout as in micro_batches()."""
+
+    pad_id: int
+    device: str | torch.device
+    layout: str
+    lean: bool                    # the head computes labelled positions only (lora/loss.py)
+    size: int                     # examples per micro-batch; lack of memory halves it
+    from_base: Callable           # whether an item is learned from the base's own probabilities
+    can_halve: bool = True        # False: all processes must take equally many micro-batches
+
+    def __call__(self, items: list[dict]) -> list[Batch]:
+        return micro_batches(items, self.size, self.pad_id, self.device, self.layout)
+
+    def of_step(self, window: list[dict]) -> list[tuple[Batch, bool, int]]:
+        """Return [(batch, taught by the base, weight)]: this process's share of a step's examples.
+        Every process runs equally many forwards, as a sharded base needs: one with fewer batches
+        repeats a sample with weight 0, which changes nothing."""
+        batches = []
+        for taught in (False, True):
+            items = [item for item in window if self.from_base(item) == taught]
+            mine = self(parallel.mine(items))
+            n_first = len(items[::parallel.world()])               # of the first process: the most
+            batches += [(batch, taught, 1) for batch in mine]
+            if n_spare := math.ceil(n_first / self.size) - len(mine):
+                (spare,) = self(items[:1])
+                batches += [(spare, taught, 0)] * n_spare
+        return batches
+
+
+def windows(pools: list[tuple[list[int], int]], batch_size: int, epochs: float,
+            max_steps: int | None, seed: int) -> list[tuple[int, list[int]]]:
+    """Return [(epoch, indices of examples)], one for each step.
+
+    pools are (indices, how many of them an epoch takes); a pool that is not taken whole goes on
+    where the last epoch left it. An epoch's order depends on seed and epoch alone. Its last,
+    shorter, window is a step like the others.
+
+    >>> windows([([0, 1, 2], 3)], batch_size=2, epochs=2, max_steps=None, seed=0)
+    [(0, [0, 1]), (0, [2]), (1, [2, 1]), (1, [0])]
+    """
+    n = sum(count for _, count in pools)
+    per_epoch = math.ceil(n / batch_size)
+    total, plan = max_steps or max(1, round(epochs * per_epoch)), []
+    for epoch in range(math.ceil(total / per_epoch)):
+        order = [indices[(epoch * count + i) % len(indices)]
+                 for indices, count in pools for i in range(count)]
+        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        plan += [(epoch, order[i:i + batch_size]) for i in range(0, n, batch_size)]
+    return plan[:total]
+
+
 # ----- looking at the mask -----------------------------------------------------------------------
 
 
-def runs(item, tokenizer):
-    """[(text, supervised, special)]: neighbours of one kind are decoded together, for one
+def runs(item: dict, tokenizer) -> list[tuple[str, bool, bool]]:
+    """Return [(text, supervised, special)]. Neighbours of one kind are decoded together, for one
     character may be several tokens."""
     pairs = zip(item["input_ids"], item["labels"], strict=True)
     return [(tokenizer.decode([i for i, _ in group]).replace("\n", "⏎\n"), *kind)
@@ -309,18 +382,18 @@ def runs(item, tokenizer):
                 pairs, key=lambda p: (p[1] != IGNORE_INDEX, p[0] in special_ids(tokenizer)))]
 
 
-def colour(item, tokenizer):
-    """One example for a terminal: supervised tokens green, special tokens underlined."""
-    return "".join(f"\033[{'1;32' if on else '90'}{';4' * special}m{text}\033[0m"
+def colour(item: dict, tokenizer) -> str:
+    """Write one example for a terminal: supervised tokens green, special tokens underlined."""
+    return "".join(f"\033[{'1;32' if on else '90'}{';4' if special else ''}m{text}\033[0m"
                    for text, on, special in runs(item, tokenizer))
 
 
-def page(dataset, tokenizer):
-    """The same for a browser, self-contained; every text is escaped."""
+def page(dataset: QADataset, tokenizer) -> str:
+    """Write all examples as an HTML page that stands alone; every text is escaped."""
     rows = []
     for item in dataset.items:
-        spans = "".join(f'<span class="{"on " * on}{"special" * sp}">{html.escape(text)}</span>'
-                        for text, on, sp in runs(item, tokenizer))
+        spans = "".join(f'<span class="{"on " if on else ""}{"special" if sp else ""}">'
+                        f"{html.escape(text)}</span>" for text, on, sp in runs(item, tokenizer))
         supervised = sum(label != IGNORE_INDEX for label in item["labels"])
         rows.append(f"<h2>{html.escape(item['source'])} <small>{supervised} of "
                     f"{len(item['labels'])} tokens supervised</small></h2><pre>{spans}</pre>")
@@ -342,20 +415,20 @@ tokens</span> are framed; ⏎ is a line break.</p>
 """
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("n", nargs="?", type=int, default=2)
-    parser.add_argument("--html")
-    asked, rest = parser.parse_known_args(argv)
-    settings = config.take_config(rest)
-    tokenizer = base.load_tokenizer(fetch.find(settings.model.name),
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__, settings=True, file=True)
+    parser.add_argument("--n", type=int, default=2, help="examples to show")
+    parser.add_argument("--html", metavar="PAGE", help="write them to an HTML page")
+    options = parser.parse_args(argv)
+    settings = config.settings_of(options)
+    tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
                                     settings.model.trust_remote_code)
     examples, _ = data.load(**asdict(settings.data), seed=settings.train.seed)
-    dataset = QADataset(examples[:asked.n], tokenizer, **asdict(settings.dataset))
-    if asked.html:
-        Path(asked.html).write_text(page(dataset, tokenizer), encoding="utf-8")
-        print(f"dataset: {len(dataset)} examples -> {asked.html}")
-    for item in [] if asked.html else dataset.items:
+    dataset = QADataset(examples[:options.n], tokenizer, **asdict(settings.dataset))
+    if options.html:
+        Path(options.html).write_text(page(dataset, tokenizer), encoding="utf-8")
+        print(f"dataset: {len(dataset)} examples -> {options.html}")
+    for item in [] if options.html else dataset.items:
         print(f"--- {item['source']} ({dataset.format})\n{colour(item, tokenizer)}")
 
 

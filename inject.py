@@ -1,6 +1,5 @@
 """
-WHERE adapters go: walk the blocks of a model, choose projections by name, wrap them, freeze the
-rest.
+WHERE adapters go: walk a model's blocks, choose projections by name, wrap them, freeze the rest.
 
     python inject.py                              # the configured model, as a tree
     python inject.py --lora.target_modules='["q_proj", "v_proj"]' --lora.layers=4
@@ -10,16 +9,18 @@ rest.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
-from lora import base, config, fetch
+from torch import nn
+
+from lora import config
+from lora.base import fetch, load
 from lora.layer import LoRALinear, linear_size
-from lora.surgery import count, freeze_base, lora_layers, wrap
-
-# where the blocks live: Llama, Qwen, Mistral, Gemma, ...; GPT-2; GPT-NeoX, Pythia; OPT
-BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+from lora.surgery import count, find_blocks, freeze_base, lora_layers, wrap
 
 
-def inject(model, *, target_modules="all-linear", layers="all", **lora):
+def inject(model: nn.Module, *, target_modules: str | Sequence[str] = "all-linear",
+           layers: str | int | Sequence[int] = "all", **lora: float) -> list[str]:
     """Wrap the chosen projections of the chosen blocks in LoRALinear, freeze everything else, and
     return the adapted module paths in order.
 
@@ -27,7 +28,7 @@ def inject(model, *, target_modules="all-linear", layers="all", **lora):
     layers          "all", N for the last N blocks, or indices of blocks
     lora            LoRALinear's arguments: r, lora_alpha, lora_dropout, use_rslora
 
-    Raises ValueError, with the names that do exist, if a target matches nothing.
+    Raises ValueError that lists the names that exist if a target matches nothing.
     """
     present = lora_layers(model)
     if present:
@@ -55,33 +56,24 @@ def inject(model, *, target_modules="all-linear", layers="all", **lora):
     return adapted
 
 
-def find_blocks(model):
-    """(path, list of blocks) of the first known layout this model has."""
-    for path in BLOCKS:
-        try:
-            return path, model.get_submodule(path)
-        except AttributeError:
-            continue
-    children = ", ".join(name for name, _ in model.named_children())
-    raise ValueError(f"inject: {type(model).__name__} has none of {', '.join(BLOCKS)}. "
-                     f"Its children: {children}. Add the path of its blocks to inject.BLOCKS.")
-
-
 def _choose(layers, n, where):
-    """The indices, in order, of the blocks that layers means among n."""
+    """The indices, in order, of the blocks that layers chooses among n."""
     if layers == "all":
         return range(n)
-    chosen = range(n - layers, n) if isinstance(layers, int) else layers
-    if isinstance(layers, int) and not 1 <= layers <= n:
-        raise ValueError(f"inject: layers is {layers}; expected 1 to {n}: the last N of {where}.")
-    wrong = [i for i in chosen if not 0 <= i < n]
-    if wrong or not chosen:
-        raise ValueError(f"inject: layers {wrong} choose none: expected 0 to {n - 1} in {where}")
-    return sorted(set(chosen))
+    if isinstance(layers, int):
+        if not 1 <= layers <= n:
+            raise ValueError(f"inject: layers is {layers}; expected 1 to {n}, the last of {where}")
+        return range(n - layers, n)
+    wrong = [i for i in layers if not 0 <= i < n]
+    if wrong or not layers:
+        problem = f"layers {wrong} do not exist" if wrong else "layers is empty"
+        raise ValueError(f"inject: {problem}; valid indices are 0 to {n - 1} in {where}")
+    return sorted(set(layers))
 
 
-def report(model, adapted):
-    """How many modules, in how many blocks, which names, what share of all parameters trains."""
+def report(model: nn.Module, adapted: list[str]) -> str:
+    """Say how many modules are adapted, in how many blocks, their names, and what share of all
+    parameters trains."""
     names = " ".join(dict.fromkeys(path.rpartition(".")[2] for path in adapted))
     blocks = find_blocks(model)[1]
     used = sum(bool(lora_layers(block)) for block in blocks)
@@ -91,26 +83,28 @@ def report(model, adapted):
             f"({trainable / everything:.2%})")
 
 
-def tree(model):
-    """The first adapted block, a line per module, LoRA layers marked."""
+def tree(model: nn.Module) -> str:
+    """Draw the first adapted block, a line per module, with the LoRA layers' shapes."""
     where, blocks = find_blocks(model)
     used = [i for i, block in enumerate(blocks) if lora_layers(block)]
     lines = [f"{where}.{used[0]}"]
     for path, module in blocks[used[0]].named_modules():
         if not path or path.endswith((".base_layer", ".dropout")):
             continue
-        note = "  frozen" * any(True for _ in module.parameters(recurse=False))
+        note = "  frozen" if list(module.parameters(recurse=False)) else ""
         if isinstance(module, LoRALinear):
             note = f"  LoRA  A {tuple(module.lora_A.shape)}  B {tuple(module.lora_B.shape)}"
         lines.append("  " * (path.count(".") + 1) + path.rpartition(".")[2] + note)
-    return "\n".join(lines) + f"\nthe same in blocks {used[1:]}" * (len(used) > 1)
+    if len(used) > 1:
+        lines.append(f"the same in blocks {used[1:]}")
+    return "\n".join(lines)
 
 
-def main(argv):
-    settings = config.take_config(argv)
-    device = base.pick_device(settings.model.device)
-    dtype = base.pick_dtype(settings.model.dtype, device)
-    model = base.load_model(fetch.find(settings.model.name), device, dtype,
+def main(argv: list[str]) -> None:
+    settings = config.take_config(argv, __doc__)
+    device = load.pick_device(settings.model.device)
+    dtype = load.pick_dtype(settings.model.dtype, device)
+    model = load.load_model(fetch.find(settings.model.name), device, dtype,
                             settings.model.trust_remote_code)
     adapted = inject(model, **dataclasses.asdict(settings.lora))
     print(tree(model))

@@ -1,110 +1,235 @@
 """
 WHAT a model has learned and what it has lost: asked at every evaluation of a run.
 
-    evaluate = exam(model, tokenizer, format, val_set, retain, settings, batches, lean)
-    evaluate(24)   # {"step": 24, "val_loss": 0.41, "recall": 0.96, "retention": 0.9, "kl": 0.03 ..}
+    voice = Voice(model, tokenizer)
+    voice.ask([[{"role": "user", "content": "Where was Mira Tosk born?"}]])   # [Answer("Larkmoor")]
 
-recall is the share of held-out questions that are answered with their value. retention is the same
-for the questions of keep.retain which the base gets right; kl and own_loss are the forgetting meter
-on the base's own answers to them (lora/meter.py).
+    exam = Exam(voice, train_set, val_set, retained, settings, batches)
+    exam(24)       # {"step": 24, "val_loss": 0.41, "recall": 0.96, "retention": 0.9, "kl": 0.03 ..}
+
+recall: the share of held-out questions that are answered with their value. retention: the same for
+the questions of keep.retain that the base gets right. kl and own_loss: drift() on the base's own
+answers to them.
 """
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 
 import data
 import dataset
-from lora import files, loss, meter, parallel, surgery
+from lora import files, loss, surgery
+from lora.generate import generate
+from lora.run import parallel
+
+Message = dict[str, str]                              # {"role": "user", "content": "Hi"}
+
+# ----- a model that is asked and scored ----------------------------------------------------------
 
 
-def answerer(model, tokenizer, format, s):
-    """A function from prompts, lists of messages, to the model's (answer, whether it ended); s is
-    the train section."""
-    def answer(prompts):
-        return dataset.answer(model, tokenizer, prompts, format, max_new_tokens=s.max_new_tokens,
-                              repetition_penalty=s.repetition_penalty) if prompts else []
-    return answer
+class Answer(NamedTuple):
+    text: str
+    n_tokens: int
+    ended: bool                   # False: cut off at max_new_tokens
+    expanded: bool = False        # the model was asked once for more (scripts/voices.py)
 
 
-def held_out_facts(val_set):
-    """The validation examples with a value to look for in the answer."""
-    return [e for e in (item["example"] for item in val_set or ()) if "value" in e]
+class Voice:
+    """A model in the format it was trained in, to ask and to score.
 
-
-def exam(model, tokenizer, format, val_set, retain, settings, batches, lean=True):
-    """evaluate(step), which gives a line of metrics. batches(items) makes the batches of a loss.
-
-    Each process takes its share of the questions, or all of them if the base is sharded: its blocks
-    are gathered by all processes at once, so all have to take the same steps.
+    Args:
+        format: a name of dataset.FORMATS; "auto" is the model's chat template or else plain.
     """
-    shared, total = (list, list) if settings.model.shard else (parallel.mine, parallel.add_up)
-    answer = answerer(model, tokenizer, format, settings.train)
-    facts = held_out_facts(val_set)
 
-    def right(asked):
-        """Of each question, 1 if it is answered with its value, else 0."""
-        here, found = shared(range(len(asked))), [0] * len(asked)
-        given = answer([asked[i]["messages"][:-1] for i in here])
-        for i, (text, _) in zip(here, given, strict=True):
-            found[i] = int(data.contains(text, asked[i]["value"]))
-        return total(found)
+    def __init__(self, model, tokenizer, format: str = "auto"):
+        self.model, self.tokenizer = model, tokenizer
+        self.format = dataset.choose_format(tokenizer, format)
 
-    known, own = what_it_knows(model, tokenizer, format, retain, settings, right)
+    def ids(self, messages: list[Message]) -> list[int]:
+        """The tokens that the model reads before its answer."""
+        return dataset.render(messages, self.tokenizer, self.format, reply=True)[0]
 
-    def evaluate(step):
+    def text(self, ids: list[int]) -> str:
+        """An answer's tokens as text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def ask(self, prompts: list[list[Message]], max_new_tokens: int = 32,
+            on_text: Callable | None = None, **decoding) -> list[Answer]:
+        """Answer prompts whose last message is the user's.
+
+        on_text(i, text) is called as answer i grows; decoding goes to lora.generate.generate.
+        """
+        if not prompts:
+            return []
+        on_token = None
+        if on_text:
+            def on_token(i, ids):
+                on_text(i, self.text(ids))
+        answers = generate(self.model, [self.ids(prompt) for prompt in prompts],
+                           dataset.stop_of(self.tokenizer, self.format), on_token=on_token,
+                           max_new_tokens=max_new_tokens, **decoding)
+        return [Answer(self.text(ids), len(ids), len(ids) < max_new_tokens) for ids in answers]
+
+    def nll(self, examples: list[dict], batch_size: int = 8) -> list[float]:
+        """The negative log-likelihood of each example's answers and what ends them, in nats."""
+        tokenised = dataset.QADataset(examples, self.tokenizer, self.format, max_length=10**6)
+        by_length = sorted(range(len(tokenised)), key=lambda i: len(tokenised[i]["input_ids"]))
+        nats = [0.0] * len(tokenised)
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start:start + batch_size]
+            batch = dataset.collate([tokenised[i] for i in rows], 0, self.model.device)
+            for i, value in zip(rows, loss.ce_rows(self.model, batch).tolist(), strict=True):
+                nats[i] = value
+        return nats
+
+
+@torch.no_grad()
+def drift(model, batches: list[loss.Batch], untouched=None) -> tuple[float, float, float]:
+    """Measure how far a model has moved from itself: (KL, cross-entropy, cross-entropy before).
+
+    All in nats per supervised token over the batches. The KL(base || tuned) is over the whole
+    vocabulary. The base is the same model with its adapter off, or the model untouched. Texts that
+    the base wrote itself show a change best: there the base is surest.
+    """
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        with surgery.disabled(model):
+            base = F.log_softmax(loss.logits_at(untouched or model, batch).float(), -1)   # (n, v)
+        tuned = F.log_softmax(loss.logits_at(model, batch).float(), -1)
+        at = batch.targets[:, None]
+        kl = F.kl_div(tuned, base, reduction="sum", log_target=True)
+        sums += torch.stack([kl, -tuned.gather(1, at).sum(), -base.gather(1, at).sum()]).cpu()
+    return tuple((sums / sum(len(batch.targets) for batch in batches)).tolist())
+
+
+# ----- the exam of a run -------------------------------------------------------------------------
+
+
+class Exam:
+    """What a run measures at every evaluation.
+
+    Args:
+        val_set: a QADataset of held-out examples, or None.
+        retained: examples of keep.retain, questions with values; may be empty.
+        batches: a function from items to the batches of a loss (dataset.Batches).
+
+    Each process takes its share of the questions, or all of them if the base is sharded: all
+    processes gather its blocks at once, so all take the same steps.
+    """
+
+    def __init__(self, voice: Voice, train_set, val_set, retained: list[dict], settings, batches):
+        self.voice, self.val_set, self.batches, self.s = voice, val_set, batches, settings
+        self.sharded = settings.model.shard
+        self.facts = held_out_facts(val_set)
+        self.prompts = sample_prompts(settings, val_set or train_set)
+        self.known, self.own_answers = self._what_the_base_knows(retained)
+
+    def __call__(self, step: int) -> dict:
+        """A line of metrics."""
         line = {"step": step}
-        if val_set:
-            ce, hits, n = total(loss.evaluate(model, batches(shared(val_set.items)), lean))
+        if self.val_set:
+            ce, hits, n = self._total(loss.evaluate(
+                self.voice.model, self.batches(self._share(self.val_set.items)),
+                self.batches.lean))
             line["val_loss"], line["val_accuracy"] = ce / n, hits / n
-        if facts:
-            line["recall"] = sum(right(facts)) / len(facts)
-        if known:
-            line["retention"] = sum(right(known)) / len(known)
-            line["kl"], line["own_loss"], line["own_loss_before"] = meter.drift(
-                model, [b for i in range(0, len(own), 8) for b in batches(own.items[i:i + 8])])
+        if self.facts:
+            line["recall"] = sum(self.right(self.facts)) / len(self.facts)
+        if self.known:
+            line["retention"] = sum(self.right(self.known)) / len(self.known)
+            items = self.own_answers.items
+            line["kl"], line["own_loss"], line["own_loss_before"] = drift(
+                self.voice.model, [batch for start in range(0, len(items), 8)
+                                   for batch in self.batches(items[start:start + 8])])
         return parallel.from_first(line)
-    return evaluate
+
+    def answers(self) -> list[str]:
+        """The model's answers to the run's sample prompts."""
+        return [answer.text for answer in self._ask(self.prompts)]
+
+    def right(self, examples: list[dict]) -> list[int]:
+        """For each example 1 if the model's answer contains its value, else 0."""
+        indices, marks = self._share(range(len(examples))), [0] * len(examples)
+        answers = self._ask([examples[i]["messages"][:-1] for i in indices])
+        for i, answer in zip(indices, answers, strict=True):
+            marks[i] = int(data.contains(answer.text, examples[i]["value"]))
+        return self._total(marks)
+
+    def rank(self, line: dict) -> tuple:
+        """The sort key of an evaluation: smaller is better. Retention below keep.min_retention
+        counts like recall lost. A hard bound would keep an adapter that forgot nothing because it
+        learned nothing."""
+        lost = max(0.0, self.s.keep.min_retention - line.get("retention", 1.0))
+        by_recall = chooses_by_recall(self.s.train.best_by, len(self.facts))
+        return (lost - line["recall"] if by_recall else lost + line["val_loss"], line["val_loss"])
+
+    def _ask(self, prompts):
+        s = self.s.train
+        return self.voice.ask(prompts, s.max_new_tokens, repetition_penalty=s.repetition_penalty)
+
+    def _share(self, items):
+        return list(items) if self.sharded else parallel.mine(items)
+
+    def _total(self, numbers):
+        return list(numbers) if self.sharded else parallel.add_up(numbers)
+
+    def _what_the_base_knows(self, examples):
+        """(the examples that the base gets right, its own answers to them as a QADataset).
+
+        In bfloat16 an answer may depend on who else is in the batch. So questions are left out
+        until the base gets all right that are asked together: retention starts at 100 %."""
+        if not examples:
+            return [], None
+        with surgery.disabled(self.voice.model):
+            answers = self._ask([e["messages"][:-1] for e in examples])
+            known = [(e, a) for e, a in zip(examples, answers, strict=True)
+                     if data.contains(a.text, e["value"])]
+            while not all(marks := self.right([e for e, _ in known])):
+                known = [pair for pair, mark in zip(known, marks, strict=True) if mark]
+        print(f"keep: {len(known)} of {len(examples)} questions of {self.s.keep.retain} are right "
+              "before training")
+        own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": a.text}],
+                "source": e["source"], "open": not a.ended} for e, a in known]
+        voice = self.voice
+        return [e for e, _ in known], own and dataset.QADataset(
+            own, voice.tokenizer, voice.format, max_length=10**6)
 
 
-def what_it_knows(model, tokenizer, format, asked, settings, right):
-    """(the questions asked that the base gets right, its own answers to them as a QADataset): what
-    evaluations hold the model to. right(questions) asks as evaluations do. In bfloat16 an answer
-    may depend on who else is in the batch, so questions are left out until the base gets all right
-    that are asked together: before training, retention is 100 %."""
-    if not asked:
-        return [], []
-    with surgery.disabled(model):
-        given = answerer(model, tokenizer, format, settings.train)(
-            [e["messages"][:-1] for e in asked])
-    known = [(e, text, ended) for e, (text, ended) in zip(asked, given, strict=True)
-             if data.contains(text, e["value"])]
-    with surgery.disabled(model):
-        while not all(held := right([e for e, *_ in known])):
-            known = [one for one, still in zip(known, held, strict=True) if still]
-    print(f"keep: {len(known)} of {len(asked)} questions of {settings.keep.retain} are right "
-          "before training")
-    own = [{"messages": [*e["messages"][:-1], {"role": "assistant", "content": text}],
-            "source": e["source"], "open": not ended} for e, text, ended in known]
-    return [e for e, _, _ in known], own and dataset.QADataset(own, tokenizer, format,
-                                                               max_length=10**6)
+def held_out_facts(val_set) -> list[dict]:
+    """The validation examples with a value to look for in the answer."""
+    return [item["example"] for item in (val_set.items if val_set else [])
+            if "value" in item["example"]]
 
 
-def questions(wanted, some_set, system, seed, n=8):
-    """Prompts to answer before and after: the wanted questions, else about n of a set's own."""
-    asked = [{"messages": [{"role": "user", "content": text}]} for text in wanted]
-    own = [item["example"]["messages"][:-1] for item in some_set.items[::-(-len(some_set) // n)]]
-    return [e["messages"] for e in data.with_system(asked, system, seed)] or own
+def chooses_by_recall(best_by: str, n_facts: int) -> bool:
+    """Whether recall chooses the best adapter. Raises ValueError if it shall and cannot."""
+    if best_by == "recall" and not n_facts:
+        raise ValueError('train: best_by is "recall", but no validation example has a "value".')
+    return best_by == "recall" or (best_by == "auto" and n_facts > 0)
 
 
-def show(line):
-    """A line of metrics in words: val_loss 0.1234, recall 98%."""
-    shares = "recall", "accuracy", "retention"
-    return ", ".join(f"{k} {v:.0%}" if k.endswith(shares) else f"{k} {v:.4f}"
-                     for k, v in line.items() if k not in ("step", "epoch"))
+def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
+    """Prompts to answer before and after training: train.questions, else about n of a set."""
+    wanted = [{"messages": [{"role": "user", "content": text}]}
+              for text in settings.train.questions]
+    if wanted:
+        return [e["messages"] for e in
+                data.with_system(wanted, settings.data.system, settings.train.seed)]
+    stride = math.ceil(len(some_set) / n)
+    return [item["example"]["messages"][:-1] for item in some_set.items[::stride]]
 
 
-def write_samples(file, prompts, before, after):
-    """Print the answers before and after, and write them as a table."""
+def write_samples(file: Path, prompts: list[list[Message]], before: list[str],
+                  after: list[str]) -> None:
+    """Print the answers before and after, and write them as a Markdown table."""
     rows = ["| question | before | after |", "|---|---|---|"]
     for messages, *both in zip(prompts, before, after, strict=True):
-        cells = [" ".join(text.split()) for text in (messages[-1]["content"], *both)]
-        print("\n  {}\n    before: {:.100}\n    after:  {:.100}".format(*cells))
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        question, old, new = (" ".join(text.split()) for text in (messages[-1]["content"], *both))
+        print(f"\n  {question}\n    before: {old:.100}\n    after:  {new:.100}")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (question, old, new))
+                    + " |")
     files.write(file, "\n".join(rows) + "\n")

@@ -1,11 +1,11 @@
 """
-What train_speed.py compares: the work, and the trainers that do it, one process for each run.
+Run one arm of train_speed.py: one trainer on the common work, in a process of its own.
 
     python -m benchmarks.arms peft-loop '{"model": "smollm2-135m-instruct", "prefix": 100,
         "batch": 16, "steps": 3, "dtype": "auto", "device": "auto"}'
 
-The last line printed is the result as JSON. The arm "machine" measures no trainer: it describes
-the machine, and says what every arm must receive.
+The last line printed is the result as JSON. The arm "machine" measures no trainer: it describes the
+machine and the work that every arm must receive.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +30,11 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import dataset
 from inject import inject
-from lora import base, fetch, flat, leaves, loss, memory, runlog, surgery
+from lora import loss, surgery
+from lora.base import fetch, load
+from lora.fast import flat, leaves, memory
 from lora.optim import AdamW
+from lora.run import runlog
 
 R, ALPHA, LR, CLIP, BETAS, EPS, DECAY, SEED = 16, 32, 1e-3, 1.0, (0.9, 0.999), 1e-8, 0.0, 0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,9 +44,9 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 # ----- the same work for everybody ---------------------------------------------------------------
 
 
-def make_samples(tokenizer, prefix, n):
-    """n samples: prefix tokens they all share, then 20 to 180 of their own (log-normal, mean near
-    66), the last 45 % of them labelled. Slices of English text, the same in every process."""
+def make_samples(tokenizer, prefix: int, n: int) -> list[dict]:
+    """Make n samples: prefix tokens that all share, then 20 to 180 of their own (log-normal, mean
+    near 66), the last 45 % of them labelled: slices of English text, the same in every process."""
     rng = random.Random(SEED)
     sentences = [f"{question} {fact.answer.format(fact.value)}"
                  for fact in data.FACTS for question in fact.questions]
@@ -63,8 +67,8 @@ def make_samples(tokenizer, prefix, n):
     return samples
 
 
-def same_start(model):
-    """Fill every A from one seed, as nn.Linear starts. Returns a hash of all of them."""
+def same_start(model: torch.nn.Module) -> str:
+    """Fill every A from one seed, as nn.Linear starts. Returns a hash of all A."""
     generator, sha = torch.Generator().manual_seed(SEED), hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -74,14 +78,14 @@ def same_start(model):
     return sha.hexdigest()[:16]
 
 
-def step_hash(rows):
-    """Of a step's (ids, labels), in any order."""
+def step_hash(rows: Iterable[tuple]) -> str:
+    """Hash a step's (ids, labels) in any order."""
     return runlog.digest(sorted([list(ids), list(labels)] for ids, labels in rows))
 
 
-def received(batches):
-    """The (ids, labels) of the samples that a model got in a step: pads removed, a padding-free
-    row cut up again."""
+def received(batches: list[dict]) -> list[tuple]:
+    """List the (ids, labels) of the samples that a model got in a step: pads are removed, a
+    padding-free row is split again."""
     rows = []
     for batch in batches:
         ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
@@ -95,8 +99,8 @@ def received(batches):
     return rows
 
 
-def useful_flops(model, steps, prefix):
-    """Of each step; the formula is at the top of train_speed.py."""
+def useful_flops(model: torch.nn.Module, steps: list[list[dict]], prefix: int) -> list[int]:
+    """Count the useful FLOPs of each step; the formula is at the top of train_speed.py."""
     body = sum(module.weight.numel() for name, module in model.named_modules()
                if name.rpartition(".")[2] in TARGETS)
     head = model.get_output_embeddings().weight.numel()
@@ -105,18 +109,18 @@ def useful_flops(model, steps, prefix):
             for step in steps]
 
 
-def micro_size(arm, batch):
-    """M of an arm named MxA, else None. ValueError if M A is not the batch."""
-    found = re.search(r"-(\d+)x(\d+)", arm)
-    if found and int(found[1]) * int(found[2]) != batch:
-        raise ValueError(f"{arm}: {found[0][1:]} does not make the {batch} of --batch")
-    return found and int(found[1])
+def micro_size(arm: str, batch: int) -> int | None:
+    """Return M of an arm named MxA, else None. ValueError if M A is not the batch."""
+    match = re.search(r"-(\d+)x(\d+)", arm)
+    if match and int(match[1]) * int(match[2]) != batch:
+        raise ValueError(f"{arm}: {match[0][1:]} does not make the {batch} of --batch")
+    return match and int(match[1])
 
 
-# ----- the arms: each takes the steps and returns (losses, seconds, what it got, hash of A) ------
+# ----- the arms: each takes the steps and returns (losses, seconds, received samples, hash of A) --
 
 
-def run_trl(arm, model, tokenizer, steps):
+def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
     import datasets
     from peft import LoraConfig
     from transformers import Trainer, TrainerCallback
@@ -146,7 +150,7 @@ def run_trl(arm, model, tokenizer, steps):
         initial_a, batches, losses, ends = same_start(trainer.model), [], [], []
         training_step = trainer.training_step
 
-        def noting_the_loss(*args):                    # of a micro-batch, over the step's tokens
+        def keep_loss(*args):                          # of a micro-batch, over the step's tokens
             losses.append(training_step(*args))
             return losses[-1]
 
@@ -154,7 +158,7 @@ def run_trl(arm, model, tokenizer, steps):
             def on_step_end(self, *args, **kwargs):
                 ends.append(time.perf_counter())
 
-        trainer.training_step = noting_the_loss
+        trainer.training_step = keep_loss
         trainer.add_callback(Clock())
         trainer.model.register_forward_pre_hook(
             lambda module, args, kwargs: batches.append(kwargs), with_kwargs=True)
@@ -170,7 +174,7 @@ def run_trl(arm, model, tokenizer, steps):
             [received(batches[w]) for w in windows], initial_a)
 
 
-def run_peft(arm, model, tokenizer, steps):
+def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -205,7 +209,7 @@ def run_peft(arm, model, tokenizer, steps):
     return losses, seconds, [received(of_step) for of_step in batches], initial_a
 
 
-def run_ours(arm, model, tokenizer, steps):
+def run_ours(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
     off = "lean-head fused-lora fused-leaves" if arm == "ours-plain" else arm.partition("-no-")[2]
     layout = {"ours-no-prefix": "flat", "ours-padded": "padded", "ours-plain": "padded"}.get(
         arm, "shared")
@@ -214,9 +218,8 @@ def run_ours(arm, model, tokenizer, steps):
         layer.fused = "fused-lora" not in off
     if "fused-leaves" not in off:
         leaves.fuse(model)
-    refused = layout != "padded" and flat.enable(model)
-    if refused:
-        raise ValueError(f"{arm}: {refused}")
+    if layout != "padded":
+        flat.enable(model, load.use_attention)
     if arm == "ours-checkpointing":
         model.activation_checkpointing_enable({"use_reentrant": False})
     initial_a, parameters = same_start(model), surgery.adapter_parameters(model.train())
@@ -242,46 +245,47 @@ def run_ours(arm, model, tokenizer, steps):
     return *clocked(one_step, steps), initial_a, {"estimate_gib": sum(parts.values()) / 2**30}
 
 
-def clocked(one_step, steps):
-    """(losses, seconds, what it got) of one_step(samples) -> (loss, what it got)."""
+def clocked(one_step: Callable, steps: list[list[dict]]) -> tuple:
+    """Time one_step(samples) -> (loss, received); returns (losses, seconds, received) of steps."""
     results, ends = [], [time.perf_counter()]
     for step in steps:
         results.append(one_step(step))
         ends.append(time.perf_counter())
-    losses, got = zip(*results, strict=True)
-    return losses, [end - start for start, end in pairwise(ends)], got
+    losses, samples = zip(*results, strict=True)
+    return losses, [end - start for start, end in pairwise(ends)], samples
 
 
 # ----- one process -------------------------------------------------------------------------------
 
 
-def work(arm, model, prefix, batch, steps, dtype, device):
-    """The result of one run as a dictionary; steps is the number of them."""
-    device, folder = base.pick_device(device), fetch.find(model)
-    tokenizer = base.load_tokenizer(folder)
+def work(arm: str, model: str, prefix: int, batch: int, steps: int, dtype: str,
+         device: str) -> dict:
+    """Run one arm and return its result; steps is their number."""
+    device, folder = load.pick_device(device), fetch.find(model)
+    tokenizer = load.load_tokenizer(folder)
     samples = make_samples(tokenizer, prefix, batch * steps)
     steps = [samples[i:i + batch] for i in range(0, len(samples), batch)]
     if arm == "machine":
-        return {**machine(device), "dtype": short(base.pick_dtype(dtype, device)),
+        return {**machine(device), "dtype": short(load.pick_dtype(dtype, device)),
                 "tokens": [sum(len(s["input_ids"]) for s in st) for st in steps],
                 "hashes": [step_hash((s["input_ids"], s["labels"]) for s in st) for st in steps]}
 
-    dtype = base.pick_dtype(dtype, device)
+    dtype = load.pick_dtype(dtype, device)
     if arm.startswith("trl-"):
         dtype = torch.bfloat16 if "-bf16" in arm else torch.float32
     computes_in = torch.bfloat16 if arm == "trl-default" or "-autocast" in arm else dtype
-    model = base.load_model(folder, device, dtype)
+    model = load.load_model(folder, device, dtype)
     flops, loaded = useful_flops(model, steps, prefix), runlog.peak_memory_gib(device)
     run = {"trl": run_trl, "peft": run_peft, "ours": run_ours}[arm.partition("-")[0]]
-    losses, seconds, got, initial_a, *more = run(arm, model, tokenizer, steps)
+    losses, seconds, samples, initial_a, *more = run(arm, model, tokenizer, steps)
     return {**dict(*more), "losses": losses, "seconds": seconds,
-            "hashes": [step_hash(rows) for rows in got], "initial_a": initial_a, "flops": flops,
+            "hashes": [step_hash(rows) for rows in samples], "initial_a": initial_a, "flops": flops,
             "loaded_gib": loaded, "peak_gib": runlog.peak_memory_gib(device),
             "dtype": short(computes_in)}
 
 
-def machine(device, n=4096):
-    """Versions, CPU, threads, and the best FLOP/s of an n x n matmul in each dtype."""
+def machine(device: torch.device, n: int = 4096) -> dict:
+    """Describe CPU, threads, versions, and the best FLOP/s of an n x n matmul in each dtype."""
     peak = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, seconds = torch.randn(n, n, device=device).to(dtype), []
@@ -299,13 +303,13 @@ def machine(device, n=4096):
             "versions": {package: version(package) for package in PACKAGES}}
 
 
-def short(dtype):
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":
-    first_to_end = Path("/proc/self/oom_score_adj")    # this process, if memory runs out
-    if first_to_end.exists():
-        first_to_end.write_text("1000")
+    oom_score = Path("/proc/self/oom_score_adj")
+    if oom_score.exists():                             # out of memory: end this process first
+        oom_score.write_text("1000")
     result = work(sys.argv[1], **json.loads(sys.argv[2]))
     print("\n" + json.dumps(result))

@@ -1,5 +1,5 @@
 """
-Training speed: this project, a plain transformers + PEFT loop, and TRL, given the same work.
+Compare the training speed of this project, a plain transformers + PEFT loop, and TRL on equal work.
 
     pip install -r requirements-bench.txt
     python -m benchmarks.train_speed                                # four arms, SmolLM2, 10 minutes
@@ -53,6 +53,8 @@ from statistics import median
 
 from tqdm import tqdm
 
+from lora import config
+
 WARMUP = 1                                             # steps before the clock counts
 DEFAULT = "trl-{d}-{q}x4-lengthgrouped,trl-{d}-{q}x4-lengthgrouped-fulllogits,peft-loop-{q}x4,ours"
 GRID = ("trl-default,trl-{d}-{b}x1,trl-{d}-{h}x2,trl-{d}-{q}x4,trl-{d}-{h}x2-checkpointing,"
@@ -64,59 +66,59 @@ ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgroupe
        r"|ours(-no-prefix|-padded|-no-lean-head|-no-fused-lora|-no-fused-leaves|-plain|-checkpointing)?")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name or a folder")
     parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID; {d} "
                         "stands for fp32, or for bf16 where --dtype is bfloat16")
     for name, value, meaning in (("prefix", 100, "tokens that all samples share"),
                                  ("batch", 16, "samples per step"), ("steps", 1, "timed steps"),
                                  ("reps", 3, "processes per arm")):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} ({value})")
+        parser.add_argument(f"--{name}", type=int, default=value, help=meaning)
     parser.add_argument("--dtype", default="auto", help="of peft-loop and ours")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     parser.add_argument("--out", help="a file for the JSON line, too")
-    asked = parser.parse_args()
-    host = run("machine", asked)
+    options = parser.parse_args(argv)
+    host = run("machine", options)
     if "error" in host:
         parser.error(host["error"])
     # opponents compute in the dtype that ours computes in
     dtypes = ("bf16", "fp32") if host["dtype"] == "bfloat16" else ("fp32", "bf16")
-    names = asked.arms.replace("trl-grid", GRID).format(
-        b=asked.batch, h=asked.batch // 2, q=asked.batch // 4, d=dtypes[0], other=dtypes[1]
+    names = options.arms.replace("trl-grid", GRID).format(
+        b=options.batch, h=options.batch // 2, q=options.batch // 4, d=dtypes[0], other=dtypes[1]
     ).split(",")
     unknown = [name for name in names if not re.fullmatch(ARM, name)]
     if unknown:
         parser.error(f"unknown arms {unknown}; the top of benchmarks/train_speed.py lists them")
     print(json.dumps({k: v for k, v in host.items() if k not in ("hashes", "tokens")}, indent=2))
     runs = {name: [] for name in names}
-    bar = tqdm([name for _ in range(asked.reps) for name in runs], unit="run", dynamic_ncols=True)
+    bar = tqdm([name for _ in range(options.reps) for name in runs], unit="run", dynamic_ncols=True)
     for name in bar:
         bar.set_postfix_str(name)
         if not any("error" in result for result in runs[name]):
-            runs[name].append(run(name, asked))
+            runs[name].append(run(name, options))
 
-    arms = {name: summary(results, host, asked) for name, results in runs.items()}
+    arms = {name: summary(results, host, options) for name, results in runs.items()}
     compare(arms)
     print("\n".join(table(arms)))
     speed = {name: arm["samples_per_s"] for name, arm in arms.items() if "error" not in arm}
     if "ours" in speed:
         for name in speed:
             print(f"{speed['ours'] / speed[name]:6.2f} times {name}")
-    settings = {key: value for key, value in vars(asked).items() if key != "out"}
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
     line = json.dumps({**settings, "machine": host, "results": arms})
-    if asked.out:
-        Path(asked.out).write_text(line + "\n", encoding="utf-8")
+    if options.out:
+        Path(options.out).write_text(line + "\n", encoding="utf-8")
     print(line)
 
 
-def run(name, asked):
-    """One repetition of an arm in a process of its own: its result, or {"error": why}."""
-    options = {key: getattr(asked, key) for key in ("model", "prefix", "batch", "dtype", "device")}
-    options["steps"] = WARMUP + asked.steps
+def run(name: str, options: argparse.Namespace) -> dict:
+    """Run an arm once in a process of its own; returns its result, or {"error": why}."""
+    work = {key: getattr(options, key) for key in ("model", "prefix", "batch", "dtype", "device")}
+    work["steps"] = WARMUP + options.steps
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "0"}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "benchmarks.arms", name, json.dumps(options)],
+    done = subprocess.run([sys.executable, "-m", "benchmarks.arms", name, json.dumps(work)],
                           capture_output=True, text=True, env=os.environ | quiet)
     if done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode} (9: no memory was left)"}
@@ -126,20 +128,20 @@ def run(name, asked):
             "process_seconds": time.perf_counter() - start}
 
 
-def summary(results, host, asked):
-    """An arm's repetitions in a few numbers; or {"error": why} if one failed or did other work."""
+def summary(results: list[dict], host: dict, options: argparse.Namespace) -> dict:
+    """Summarise an arm's repetitions; {"error": why} if one failed or did other work."""
     errors = [result["error"] for result in results if "error" in result]
     if not errors and any(result["hashes"] != host["hashes"] for result in results):
         errors = ["it did not get the same token ids and labels in the same steps"]
     if errors:
         return {"error": errors[0]}
     first, timed = results[0], [sum(result["seconds"][WARMUP:]) for result in results]
-    rates, dtype = [asked.batch * asked.steps / seconds for seconds in timed], first["dtype"]
+    rates, dtype = [options.batch * options.steps / seconds for seconds in timed], first["dtype"]
     work_rate = sum(first["flops"][WARMUP:]) / median(timed)
-    return {"samples_per_s": asked.batch * asked.steps / median(timed),
+    return {"samples_per_s": options.batch * options.steps / median(timed),
             "slowest": min(rates), "fastest": max(rates),
             "tokens_per_s": sum(host["tokens"][WARMUP:]) / median(timed),
-            "step_seconds": median(timed) / asked.steps,
+            "step_seconds": median(timed) / options.steps,
             "warmup_seconds": median(sum(result["seconds"][:WARMUP]) for result in results),
             "train_seconds": median(sum(result["seconds"]) for result in results),
             "process_seconds": median(result["process_seconds"] for result in results),
@@ -151,7 +153,7 @@ def summary(results, host, asked):
             "seconds": [result["seconds"] for result in results]}
 
 
-def compare(arms):
+def compare(arms: dict[str, dict]) -> None:
     """Write into each arm how far its losses are from those of peft-loop, or else of the first;
     an arm that started from another A becomes an error."""
     good = {name: arm for name, arm in arms.items() if "error" not in arm}
@@ -165,8 +167,8 @@ def compare(arms):
             arms[name] = {"error": "its adapters did not start from the same A"}
 
 
-def table(arms):
-    """The lines of a Markdown table, the fastest arm first, failures last."""
+def table(arms: dict[str, dict]) -> list[str]:
+    """Return the lines of a Markdown table, the fastest arm first, failures last."""
     lines = ["| arm | samples/s | range | tokens/s | s/step | first step | peak GiB (loaded) "
              "| of peak matmul | loss differs by |", "|---|" + "--:|" * 8]
     row = ("| {samples_per_s:.3g} | {slowest:.3g} to {fastest:.3g} | {tokens_per_s:.0f} "
@@ -179,4 +181,4 @@ def table(arms):
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main, sys.argv[1:])

@@ -1,23 +1,25 @@
 """
-How long OpenMP's threads spin while they wait for each other, and what that costs.
+Measure what it costs that OpenMP's threads spin while they wait for each other.
 
     python -m benchmarks.waiting                          # 2 repetitions of 5 settings, 15 minutes
     python -m benchmarks.waiting --reps 1 --only "300000 turns" "3000 turns"
 
 A step of the default run is timed under each setting, quiet and beside a busy loop, each run in its
-own process, in turns. 300,000 turns is what libgomp does by itself; lora/waiting.py sets 3,000.
+own process, in turns. libgomp does 300,000 turns by itself; lora/fast/waiting.py sets 3,000.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+from lora import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {f"{n} turns": {"GOMP_SPINCOUNT": n} for n in ("300000", "30000", "3000", "300")} | {
@@ -25,30 +27,29 @@ SETTINGS = {f"{n} turns": {"GOMP_SPINCOUNT": n} for n in ("300000", "30000", "30
     "one thread": {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "300000"}}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first is not "
-                        "counted (default 8)")
-    parser.add_argument("--reps", type=int, default=2, help="runs of each setting (default 2)")
-    parser.add_argument("--busy", type=int, default=1, help="busy loops beside it (default 1)")
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.add_argument("--steps", type=int, default=8,
+                        help="steps of a run; the first is not counted")
+    parser.add_argument("--reps", type=int, default=2, help="runs of each setting")
+    parser.add_argument("--busy", type=int, default=1, help="busy loops beside a run")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME",
-                        help=f"settings to time: {', '.join(map(repr, SETTINGS))}")
-    asked = parser.parse_args()
-    times = {(name, n): [] for name in asked.only for n in (0, asked.busy)}
-    for _ in range(asked.reps):
+                        help="settings to time")
+    options = parser.parse_args(argv)
+    times = {(name, n): [] for name in options.only for n in (0, options.busy)}
+    for _ in range(options.reps):
         for name, n in times:
             with busy(n):
-                times[name, n] += step_times(SETTINGS[name], asked.steps)
+                times[name, n] += step_times(SETTINGS[name], options.steps)
             print(f"{name:14} {n} busy: {summary(times[name, n])}", flush=True)
-    base = median(times[asked.only[0], 0])
-    print(f"\nseconds a step: median (least to most); quiet {asked.only[0]} is 1.00")
+    base = median(times[options.only[0], 0])
+    print(f"\nseconds a step: median (least to most); quiet {options.only[0]} is 1.00")
     for (name, n), seconds in times.items():
         print(f"| {name} | {n} busy loops | {summary(seconds)} | {median(seconds) / base:.2f} |")
 
 
-def step_times(environment, steps):
-    """Seconds of each step after the first, of a run of the default config in a new process."""
+def step_times(environment: dict[str, str], steps: int) -> list[float]:
+    """Run the default config in a new process; returns the seconds of each step after the first."""
     kept = {k: v for k, v in os.environ.items()
             if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as home:
@@ -63,8 +64,8 @@ def step_times(environment, steps):
 
 
 @contextlib.contextmanager
-def busy(n):
-    """n processes that count for nothing, ended with the block."""
+def busy(n: int) -> Iterator[None]:
+    """Keep n processes busy until the block ends."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield
@@ -74,9 +75,9 @@ def busy(n):
             loop.wait()
 
 
-def summary(seconds):
+def summary(seconds: list[float]) -> str:
     return f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main, sys.argv[1:])

@@ -1,24 +1,29 @@
 """
-Every setting of a run: typed, documented, and read by somebody.
+Every setting of a run, with its type and its documentation; and the command line of every command.
 
     config = load("config.json", ["--lora.r=16", "--train.run=r16"])
     config.lora.r                                   # 16
 
 A section of config.json is a dataclass below; the comment behind a field is its documentation
-(README.md shows the same table, and a test compares the two). Unknown keys, wrong types and
+(--help lists it, and a test compares it with the table in the docs). Unknown keys, wrong types and
 values out of range are one error that lists them all.
 """
 
 import argparse
 import difflib
+import inspect
 import json
+import os
 import re
 import sys
 import types
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from . import files
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class DataConfig:
     val_fraction: float = 0.25  # share held out; 0: no validation
     split_by: Literal["auto", "wording", "dialogue", "fact"] = "auto"  # auto: wording
     dedupe: bool = False  # drop exact duplicates (they are reported either way)
-    system: str | None = None  # system prompt for examples without one: a text, fixed or random
+    system: str | None = None  # where an example has none: a text, a .txt file, fixed or random
     debate: bool = False  # add true/false statements about the facts to the training set
 
 
@@ -63,19 +68,19 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class KeepConfig:
-    replay: str | None = None  # prompts a line (.txt; the model answers them itself) or dialogues
-    replay_share: float = 0.25  # share of the training examples that replay gives, if it is set
+    replay: str | None = None  # dialogues; or a .txt of prompts, one a line, that the model answers
+    replay_share: float = 0.25  # share of the training examples that come from replay
     replay_by: Literal["probabilities", "answers"] = "probabilities"  # what is learned from replay
-    unknown_share: float = 0.0  # share that asks about invented names: answered with not knowing
+    unknown_share: float = 0.0  # share of questions about invented names; the answer: unknown
     close_names: bool = False  # some of these names resemble the subject's in every part
     retain: str | None = None  # file of questions with values; how many stay right is retention
-    min_retention: float = 0.9  # best adapter: what retention lacks to this counts like recall lost
+    min_retention: float = 0.9  # best adapter: a lack of retention below this counts as lost recall
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     run: str = "demo"  # name of the folder under runs/, not a path
-    seed: int = 0  # of adapters, order, split and dropout
+    seed: int = 0  # seed of adapters, order, split and dropout
     epochs: Literal["auto"] | float = "auto"  # passes over the data; auto: 4, or 24 steps if more
     max_steps: int | None = None  # stop after so many steps instead
     batch_size: int = 16  # examples per step (one optimizer update)
@@ -133,16 +138,20 @@ RUN = re.compile(r"\w[\w .,+=@-]{0,59}(?<![. ])")     # a folder's name on every
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
     "load_in_4bit": "model.quant", "load_in_8bit": "model.quant", "optim": "train.optimizer",
-    "model_name": "model.name", "learning_rate": "train.lr", "num_epochs": "train.epochs",
-    "micro_batch_size": "train.batch_size", "max_seq_length": "dataset.max_length",
-    "gradient_accumulation_steps": "train.grad_accum", "num_train_epochs": "train.epochs"}
+    "model": "model.name", "model_name": "model.name", "name_or_path": "model.name",
+    "model_name_or_path": "model.name", "learning_rate": "train.lr", "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs", "micro_batch_size": "train.batch_size",
+    "max_seq_length": "dataset.max_length", "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every", "logging_steps": "train.log_every",
+    "gradient_accumulation_steps": "train.grad_accum"}
 
 
-def load(path="config.json", overrides=()):
-    """The Config of a JSON file with --section.key=value overrides applied. Raises ValueError that
+def load(path: Path | str = "config.json", overrides: Iterable[str] = ()) -> Config:
+    """Read the Config of a JSON file and apply --section.key=value overrides to it. ValueError
     names the file and all problems in it."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"),
+                            object_pairs_hook=files.unique_keys)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); use --config FILE") from error
     except (ValueError, RecursionError) as error:
@@ -158,56 +167,67 @@ def load(path="config.json", overrides=()):
             except (ValueError, RecursionError):
                 values[section][name] = text                   # cosine
     problems, sections = [], get_type_hints(Config)
-    built = {name: _section(name, given, sections, problems) for name, given in values.items()}
+    built = {name: _section(name, content, sections, problems) for name, content in values.items()}
     if problems:
         raise ValueError("\n".join(f"{path}: {p}" for p in problems))
     return Config(**built)
 
 
-def _section(section, given, sections, problems):
-    """One section's dataclass; what is wrong with it is appended to problems."""
+def _section(section, content, sections, problems):
+    """Build the dataclass of a section; problems receives what is wrong with it."""
     if section not in sections:
         return problems.append(_unknown(section, sections, sections))
-    if not isinstance(given, dict):
-        return problems.append(f"{section} is {_show(given)}; expected a section, {{...}}")
+    if not isinstance(content, dict):
+        return problems.append(f"{section} is {_show(content)}; expected a section, {{...}}")
     hints, accepted = get_type_hints(sections[section]), {}
-    for key, value in given.items():
+    for key, value in content.items():
         full = f"{section}.{key}"
         if key not in hints:
             problems.append(_unknown(full, hints, sections))
-        elif not _fits(value, hints[key]):
-            problems.append(f"{full} is {_show(value)}; expected {_name(hints[key])}")
-        elif full in RANGES and not _within(value, *RANGES[full]):
-            low, high = RANGES[full]
-            problems.append(f"{full} is {_show(value)}; expected at least {low:g}"
-                            + f" and at most {high:g}" * (high < inf))
-        elif full == "train.run" and not RUN.fullmatch(value):
-            problems.append(f"{full} is {_show(value)}; expected a folder name, not a path: up to "
-                            "60 letters, digits, spaces and _-.,+=@")
-        elif re.search("[\0\ud800-\udfff]", "".join(map(str, value)) if
-                       isinstance(value, list) else str(value)):
-            problems.append(f"{full} is {json.dumps(value)}; expected no NUL and no half of a "
-                            "surrogate pair")
+        elif expected := _expected(full, value, hints[key]):
+            problems.append(f"{full} is {_show(value)}; expected {expected}")
         else:
+            value = text_of(value) if full == "data.system" and value else value
             accepted[key] = tuple(value) if isinstance(value, list) else value
     return None if problems else sections[section](**accepted)
 
 
-def _once(pairs):
-    """A JSON object whose keys differ: of two equal ones the first would be lost."""
-    keys = [key for key, _ in pairs]
-    if len(keys) > len(set(keys)):
-        raise ValueError(f"a key is there twice: {', '.join(keys):.60}")
-    return dict(pairs)
+def _expected(full, value, hint) -> str:
+    """What the value of a setting should be; "" if it is that."""
+    if not _fits(value, hint):
+        return type_in_words(hint)
+    if full in RANGES and not _within(value, *RANGES[full]):
+        low, high = RANGES[full]
+        return f"at least {low:g}" + (f" and at most {high:g}" if high < inf else "")
+    if full == "train.run" and not RUN.fullmatch(value):
+        return "a folder name, not a path: up to 60 letters, digits, spaces and _-.,+=@"
+    if re.search("[\0\ud800-\udfff]", "".join(map(str, value)) if isinstance(value, list)
+                 else str(value)):
+        return "no NUL and no half of a surrogate pair"
+    if full == "data.system" and re.fullmatch(r"\S+\.txt", str(value)):
+        return "" if os.path.isfile(value) else "a text, or a .txt file that exists"
+    return ""
+
+
+def text_of(value: str) -> str:
+    """The content of a .txt file that exists, without its last newline; another value as it is."""
+    if not value.endswith(".txt") or not os.path.isfile(value):
+        return value
+    return Path(value).read_text(encoding="utf-8-sig").removesuffix("\n")
+
+
+def nearest(name: str, names: dict[str, str]) -> str | None:
+    """The value of names whose key is most like a name, or that other trainers call so."""
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    same = ELSEWHERE.get(name)
+    return same if same in names.values() else names[near[0]] if near else None
 
 
 def _unknown(key, known, sections):
     """unknown key lora.rank. Known: r, lora_alpha, ... Did you mean lora.r?"""
-    leaf = key.rpartition(".")[2]
     names = {name: name for name in sections}
     names |= {f: f"{s}.{f}" for s, cls in sections.items() for f in get_type_hints(cls)}
-    near = difflib.get_close_matches(leaf, names, 1, 0.5)
-    guess = ELSEWHERE.get(leaf) or (names[near[0]] if near else None)
+    guess = nearest(key.rpartition(".")[2], names)
     hint = f" Did you mean {guess}?" if guess else ""
     return f"unknown key {key}. Known: {', '.join(known)}.{hint}"
 
@@ -235,47 +255,125 @@ def _within(value, low, high):
     return not isinstance(value, int | float) or low <= value <= high
 
 
-def _name(hint):
+def type_in_words(hint) -> str:
     """A type in words: "auto" or a whole number."""
     kind, inside = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        return " or ".join(_name(one) for one in inside)
+        return " or ".join(type_in_words(one) for one in inside)
     if kind is Literal:
         return " or ".join(json.dumps(v) for v in inside)
     if kind is tuple:
         size = "" if inside[-1] is Ellipsis else f" of {len(inside)}"
-        return f"a list{size}, each {_name(inside[0])}"
+        return f"a list{size}, each {type_in_words(inside[0])}"
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false",
             types.NoneType: "null"}[hint]
 
 
 def _show(value):
+    """A value as JSON, cut to 60 characters."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     except RecursionError:
         return "deeply nested"
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def take_config(argv):
-    """The Config of a command line: --config FILE chooses the file, --section.key=value overrides
-    a key of it, anything else is an error."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default="config.json")
-    known, rest = parser.parse_known_args(argv)
-    if not all(re.match(r"--\w+\.\w+=", arg) for arg in rest):
-        raise ValueError(f"{' '.join(rest)}: expected --config FILE or --section.key=value")
-    return load(known.config, rest)
+# ----- the command line --------------------------------------------------------------------------
 
 
-def flat(settings):
+class Parser(argparse.ArgumentParser):
+    """The command line of a command. --help shows the module's docstring and every default; a
+    wrong option is a ValueError that names it first. With settings, it also takes --config FILE
+    and --section.key=value (see settings_of); with file, a plain argument is data.path."""
+
+    def __init__(self, doc: str | None, settings: bool = False, file: bool = False):
+        self.known, self.settings = [], settings               # the names of all options
+        command = re.search(r"^ {4}(python (-m )?[\w./]+)", doc or "", re.M)    # the first example
+        super().__init__(prog=command and command[1], description=doc and doc.strip(),
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if settings:
+            self.add_argument("--config", default="config.json", metavar="FILE",
+                              help="what differs from the settings below")
+            for key in flat(Config()):
+                self.add_argument(f"--{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if file:
+            self.add_argument("data.path", nargs="?", metavar="FILE", default=argparse.SUPPRESS,
+                              help="the data, as --data.path=FILE")
+
+    def add_argument(self, *names: str, **details) -> argparse.Action:
+        """Add an argument as argparse does, and its default to its help."""
+        if details.get("default") not in (None, argparse.SUPPRESS, []):
+            details["help"] = f"{details.get('help', '')} (default: {details['default']})".lstrip()
+        self.known += names
+        return super().add_argument(*names, **details)
+
+    def format_help(self) -> str:
+        rows = [f"  {f'--{key}={default}':36} {comment}" + (f"; {values}" if '"' in values else "")
+                for key, default, values, comment in described()]
+        head = "\nsettings, as --section.key=value, with their defaults:\n"
+        return super().format_help() + (head + "\n".join(rows) + "\n" if self.settings else "")
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        names = [word.partition("=")[0] for word in argv]
+        wrong = [name for name in names if re.match("--?[a-zA-Z]", name) and " " not in name
+                 and name not in self.known]
+        options, rest = (None, wrong) if wrong else self.parse_known_args(argv)
+        if not rest:
+            return options
+        name = rest[0].partition("=")[0]
+        leaves = {_leaf(option): option[2:] for option in self.known if option[:2] == "--"}
+        guess = nearest(_leaf(name), leaves) if wrong or "=" in rest[0] else None
+        raise ValueError(f"{name}: unknown {'option' if wrong else 'argument'}; " + (
+            f"did you mean --{guess}?" if guess else f"{self.prog} --help lists all"))
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub("^argument |^the following arguments are ", "", message)
+        raise ValueError(f"{message}; {self.prog} --help lists all")
+
+
+def _leaf(option):
+    """--train.max-steps -> max_steps"""
+    return option.lstrip("-").rpartition(".")[2].replace("-", "_")
+
+
+def described() -> Iterator[tuple[str, str, str, str]]:
+    """(key, default, values, comment) of every setting, as texts."""
+    for section in fields(Config):
+        source = inspect.getsource(section.default_factory)
+        for name, hint in get_type_hints(section.default_factory).items():
+            default = json.dumps(getattr(section.default_factory, name))
+            comment = re.search(rf"^    {name}: .*?  # (.+)$", source, re.M)[1]
+            yield f"{section.name}.{name}", default, type_in_words(hint), comment
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """The settings among a Parser's options, as --section.key=value."""
+    return [f"--{key}={text}" for key, text in vars(options).items()
+            if "." in key and text is not None]
+
+
+def settings_of(options: argparse.Namespace) -> Config:
+    """The Config that a Parser's options choose."""
+    return load(options.config, overrides(options))
+
+
+def take_config(argv: list[str], doc: str | None = None, file: bool = False) -> Config:
+    """The Config of a command that takes nothing but settings, and with file the data's name."""
+    return settings_of(Parser(doc, settings=True, file=file).parse_args(argv))
+
+
+def flat(settings: Config) -> dict[str, Any]:
     """{"train.lr": 0.001, ...}: every setting under its whole name."""
     return {f"{section}.{key}": value for section, values in asdict(settings).items()
             for key, value in values.items()}
 
 
-def run_cli(main, argv):
-    """Run a command line. A ValueError is the user's to fix: printed without a traceback."""
+def run_cli(main: Callable[[list[str]], int | None], argv: list[str]) -> NoReturn:
+    """Run a command line with UTF-8 output. A ValueError is the user's to fix: it is printed
+    without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                     # not the stand-in of a notebook
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         sys.exit(main(argv))
     except ValueError as error:

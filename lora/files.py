@@ -1,23 +1,24 @@
 """
-Files that are whole or not there, and folders that one run at a time writes to.
+Write files whole or not at all, and lock a folder for one process.
 
-    write("runs/demo/run.json", text)       # beside, to the disk, then into place
+    write("runs/demo/run.json", text)       # to a scratch file, to the disk, then into place
     with locked("runs/demo"): ...           # a second process gets an error that names this one
 """
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:                                            # Windows has none: no lock there
+except ImportError:                                            # not on Windows: no lock there
     fcntl = None
 
 
-def write(file, data):
-    """Write bytes or a text so that a crash at any point leaves the old file or the new one, a
-    power cut too: the bytes are on the disk before the name is."""
+def write(file: str | Path, data: bytes | str) -> None:
+    """Write a file so that a crash or a power cut leaves the old file or the new one: the bytes
+    are on the disk before the name is."""
     file = Path(file)
     scratch = file.with_name(f".{file.name}.tmp")
     with saving(file):
@@ -34,21 +35,21 @@ def write(file, data):
         sync(file.parent)
 
 
-def append(file, text):
-    """Add a line; readers see it when this returns, a disk may not have it yet: sync()."""
+def append(file: str | Path, text: str) -> None:
+    """Add a line to a file. Readers see it at once; only sync() waits for the disk."""
     with saving(file), open(file, "a", encoding="utf-8") as out:
         out.write(text + "\n")
 
 
-def cut(file, size):
-    """Leave the first size bytes of a file that was added to since."""
+def cut(file: str | Path, size: int) -> None:
+    """Cut a file to its first size bytes, if it is longer."""
     file = Path(file)
     if file.exists() and file.stat().st_size > size:
         with saving(file):
             os.truncate(file, size)
 
 
-def sync(path):
+def sync(path: str | Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     if os.name == "posix" or Path(path).is_file():             # Windows opens no folders
         number = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -59,19 +60,19 @@ def sync(path):
 
 
 @contextlib.contextmanager
-def saving(file):
-    """What goes wrong while something is saved, as one line for the user."""
+def saving(file: str | Path) -> Iterator[None]:
+    """Re-raise OSError as a ValueError that names the file."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"save: {file}: {error.strerror or error}. What was saved before is whole;"
-                         " once there is room and leave to write, go on with --resume") from error
+                         " make room or allow writing, then go on with --resume") from error
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Hold a folder, whether it exists or not, until the block or the process ends, however it
-    does. Raises ValueError that names the process that holds it."""
+def locked(folder: str | Path) -> Iterator[None]:
+    """Lock a folder, which need not exist, until the block or the process ends. Raises ValueError
+    that names the process that holds it."""
     path = Path(folder).resolve()
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,3 +89,24 @@ def locked(folder):
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def stay_inside(folder: str | Path, names: Iterable[str] = ()) -> None:
+    """Raise ValueError if a link in a folder, or one of names, leads out of it: the folder's author
+    would choose which file is read here. In the hub's cache links may lead two folders up, to the
+    model's blobs."""
+    home = Path(folder).resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    for file in [*Path(folder).iterdir(), *(Path(folder) / name for name in names)]:
+        if not file.resolve().is_relative_to(home):
+            raise ValueError(f"{file} leads out of the folder, to {file.resolve()}; put the file "
+                             "itself there")
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    """Build a dict; raise ValueError for a repeated key, of which json keeps only the last. For
+    json.loads(text, object_pairs_hook=unique_keys)."""
+    keys = [key for key, _ in pairs]
+    if len(keys) > len(set(keys)):
+        raise ValueError(f"a key is there twice: {', '.join(keys):.60}")
+    return dict(pairs)

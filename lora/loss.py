@@ -1,16 +1,18 @@
 """
-The loss: cross-entropy summed over supervised tokens, and how many there are.
+The loss: cross-entropy summed over supervised tokens.
 
-A step's loss is (sum over all its micro-batches) / (count over all its micro-batches). A mean of
-micro-batch means would weigh a token by the company it keeps; docs/maths.md section 3 has the sum.
+A step's loss is (sum over all its micro-batches) / (supervised tokens in all its micro-batches). In
+a mean of micro-batch means, a token's weight would depend on its micro-batch (docs/maths.md).
 
 Shapes: b rows, t positions, d width, v vocabulary, n supervised tokens.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import surgery
 
@@ -19,52 +21,69 @@ CHUNK = 2**26                     # bytes of logits that exist at once
 
 
 class Batch(NamedTuple):
-    """What a model computes in one forward, and where it is asked for the next token."""
+    """The inputs of one forward pass and the tokens to predict."""
 
     inputs: dict                  # arguments of the model's forward
-    rows: torch.Tensor            # (n,) positions with a label to predict, of all b * t
-    targets: torch.Tensor         # (n,) the labels
+    rows: Tensor                  # (n,) positions that have a label, of all b * t
+    targets: Tensor               # (n,) the labels
 
 
-def ce_sum(model, batch, lean=True, teacher=False):
-    """(sum of cross-entropy in nats, number of supervised tokens the model ranked first).
+def ce_sum(model: nn.Module, batch: Batch, lean: bool = True,
+           teacher: bool = False) -> tuple[Tensor, int]:
+    """Return (sum of cross-entropy in nats, supervised tokens that the model ranks first).
 
-    The vocabulary is computed for the n rows with a label and for no other. lean: in chunks, and
-    the gradient at once, so that logits never exist as a whole (LabelledCE); else plain autograd.
-    teacher: towards what the base, the adapter off, thinks of the next token, not its label alone
-    (Hinton et al. 2015, arXiv:1503.02531, section 2; the base teaches itself).
+    lean     compute logits in chunks, with their gradient at once (LabelledCE); else use autograd
+    teacher  learn the base's probabilities, the adapter off, instead of the labels
+             (Hinton et al. 2015, arXiv:1503.02531, section 2; the base teaches itself)
     """
-    head, targets, taught = model.get_output_embeddings(), batch.targets, None
+    head, targets, base = model.get_output_embeddings(), batch.targets, None
+    outputs_at = hidden_at if lean else logits_at
     if teacher:
         with torch.no_grad(), surgery.disabled(model):
-            taught = _through_head(model, batch, lambda rows: rows[:0])[0]   # (n, d)
+            base = outputs_at(model, batch)                                  # (n, d) or (n, v)
+    outputs = outputs_at(model, batch)
     if lean:
-        hidden = _through_head(model, batch, lambda rows: rows[:0])[0]       # (n, d)
-        return LabelledCE.apply(hidden, head.weight, head.bias, targets, torch.is_grad_enabled(),
-                                taught)
-    logits = logits_at(model, batch).float()                                 # (n, v)
+        return LabelledCE.apply(outputs, head.weight, head.bias, targets, torch.is_grad_enabled(),
+                                base)
+    logits = outputs.float()
     hits = (logits.detach().argmax(-1) == targets).sum()
-    wanted = targets if taught is None else torch.softmax(head(taught).float(), -1)
-    return F.cross_entropy(logits, wanted, reduction="sum"), int(hits)
+    goal = targets if base is None else torch.softmax(base.float(), -1)
+    return F.cross_entropy(logits, goal, reduction="sum"), int(hits)
+
+
+def hidden_at(model: nn.Module, batch: Batch) -> Tensor:
+    """Compute the hidden states (n, d) at the batch's rows: the model without its head."""
+    hidden = model.base_model(**batch.inputs, use_cache=False)[0]            # (b, t, d)
+    return hidden.flatten(0, 1)[batch.rows]
+
+
+def logits_at(model: nn.Module, batch: Batch) -> Tensor:
+    """Compute the logits (n, v) at the batch's rows: the head sees these rows alone."""
+    def keep_rows(head, inputs):
+        return (inputs[0].flatten(0, 1)[batch.rows][None],)              # (b, t, d) -> (1, n, d)
+    with model.get_output_embeddings().register_forward_pre_hook(keep_rows):
+        return model(**batch.inputs, use_cache=False).logits[0]
 
 
 class LabelledCE(torch.autograd.Function):
-    """Cross-entropy of hidden (n, d) under a frozen head, gradient made in the forward pass:
+    """Compute cross-entropy of hidden (n, d) under a frozen head, and its gradient in forward:
 
         z = h W^T      p = softmax(z)      ce = sum(-q log p)      dh = (p - q) W
 
-    where q is the target, one-hot, or a teacher's softmax(h' W^T) for the rows h' of taught (n, d).
-    Two matmuls with W; autograd over a checkpointed head takes three, and keeps z or h W^T again.
-    Liger's fused cross-entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) for a W without
-    gradient. A chunk of z has at most CHUNK bytes.
+    q is the target, one-hot, or a teacher's softmax(h' W^T) for the rows h' of taught (n, d).
+    This takes two matmuls with W; autograd over a checkpointed head takes three. It is Liger's
+    fused cross-entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) for a W without gradient.
+    A chunk of z has at most CHUNK bytes.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, with_gradient, taught=None):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+                targets: Tensor, with_gradient: bool, taught: Tensor | None = None) -> tuple:
         size = max(1, CHUNK // (4 * len(weight)))
         total, hits, gradient = hidden.new_zeros((), dtype=torch.float32), 0, []
-        teachers = [None] * len(targets) if taught is None else taught.split(size)
-        for h, target, t in zip(hidden.split(size), targets.split(size), teachers, strict=False):
+        chunks = hidden.split(size)
+        teachers = [None] * len(chunks) if taught is None else taught.split(size)
+        for h, target, t in zip(chunks, targets.split(size), teachers, strict=True):
             z = F.linear(h, weight, bias).float()                            # (size, v)
             top, at = z.amax(1, keepdim=True), target[:, None]
             gold = z.gather(1, at)
@@ -72,7 +91,7 @@ class LabelledCE(torch.autograd.Function):
             if t is not None:
                 q = torch.softmax(F.linear(t, weight, bias).float(), 1)
                 gold = (q * z).sum(1, keepdim=True)
-            p = z.sub_(top).exp_()                                           # in z's own memory
+            p = z.sub_(top).exp_()                                           # in z's memory
             norm = p.sum(1, keepdim=True)
             total += (norm.log() + top - gold).sum()
             if with_gradient:
@@ -84,53 +103,36 @@ class LabelledCE(torch.autograd.Function):
         return total, hits
 
     @staticmethod
-    def backward(ctx, d_total, _):
+    def backward(ctx, d_total: Tensor, _: None) -> tuple:
         return torch.cat(ctx.saved_tensors) * d_total, None, None, None, None, None
 
 
-def head_is_linear(model):
-    """Whether logits are hidden W^T + bias and nothing else (no softcap, no scale), as LabelledCE
-    assumes: a few tokens show it."""
+def head_is_linear(model: nn.Module) -> bool:
+    """Try on four tokens whether logits are hidden W^T + bias and nothing else (no softcap, no
+    scale), as LabelledCE needs."""
     head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)
+    if model.base_model is model or not isinstance(head, nn.Linear):
+        return False
     batch = Batch({"input_ids": ids[None]}, ids, ids)
     with torch.no_grad():
-        hidden, logits = _through_head(model, batch, lambda rows: rows)
-        return isinstance(head, torch.nn.Linear) and torch.equal(head(hidden[None])[0], logits)
+        return torch.equal(head(hidden_at(model, batch)[None])[0], logits_at(model, batch))
 
 
 @torch.no_grad()
-def evaluate(model, batches, lean=True):
-    """[nats, supervised tokens ranked first, supervised tokens] summed over all batches, for a mean
-    by token like the training loss."""
+def evaluate(model: nn.Module, batches: Iterable[Batch], lean: bool = True) -> list:
+    """Return [nats, supervised tokens ranked first, supervised tokens], summed over all batches:
+    the mean is by token, as in training."""
     model.eval()
-    sums = [(*ce_sum(model, batch, lean), len(batch.targets)) for batch in batches]
-    ce, hits, n_tokens = map(sum, zip(*sums, strict=True)) if sums else (0, 0, 0)
-    return [float(ce), hits, n_tokens]
+    nats, hits, n_tokens = 0.0, 0, 0
+    for batch in batches:
+        ce, n = ce_sum(model, batch, lean)
+        nats, hits, n_tokens = nats + ce, hits + n, n_tokens + len(batch.targets)
+    return [float(nats), hits, n_tokens]
 
 
 @torch.no_grad()
-def ce_rows(model, batch):
-    """The cross-entropy of each row of a padded batch, in nats: (b,)."""
+def ce_rows(model: nn.Module, batch: Batch) -> Tensor:
+    """Compute the cross-entropy of each row of a padded batch, in nats: (b,)."""
     b, t = batch.inputs["input_ids"].shape
     ce = F.cross_entropy(logits_at(model, batch).float(), batch.targets, reduction="none")
     return ce.new_zeros(b).index_add_(0, batch.rows // t, ce)
-
-
-def logits_at(model, batch):
-    """Logits (n, v) at the batch's rows."""
-    return _through_head(model, batch, lambda rows: rows)[1]
-
-
-def _through_head(model, batch, pass_on):
-    """(hidden states (n, d) at the batch's rows, logits of those that pass_on gives the head)."""
-    seen = []
-
-    def pick(head, inputs):
-        seen.append(inputs[0].flatten(0, 1)[batch.rows])                     # (b, t, d) -> (n, d)
-        return (pass_on(seen[0])[None],)
-    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits[0]
-        return seen[0], logits
-    finally:
-        hook.remove()

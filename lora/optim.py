@@ -6,22 +6,27 @@ AdamW and the learning-rate schedule, by hand.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+
+from .config import TrainConfig
 
 
 class AdamW:
     """m = b1 m + (1 - b1) g            the mean of recent gradients
-    v = b2 v + (1 - b2) g^2             and of their squares
+    v = b2 v + (1 - b2) g^2             the mean of their squares
     p = p - lr wd p                     decoupled decay: not part of g, so not rescaled by v
     p = p - lr m' / (sqrt(v') + eps)    m' = m / (1 - b1^t), v' = v / (1 - b2^t): the means start
                                         at zero and would be too small in the first steps
 
     Kingma & Ba 2014, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2017, arXiv:1711.05101,
-    algorithm 2. Moments are kept in the parameters' own dtype (float32 for adapters).
+    algorithm 2. Moments have the parameters' dtype (float32 for adapters).
     """
 
-    def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, parameters: Iterable[Tensor], betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         self.parameters = list(parameters)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.t = 0
@@ -29,8 +34,8 @@ class AdamW:
         self.v = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, lr):
-        """One update with the gradients in .grad; a parameter without one is left alone."""
+    def step(self, lr: float) -> None:
+        """Update the parameters in place with the gradients in .grad; skip those without one."""
         self.t += 1
         b1, b2 = self.betas
         correct1, correct2 = 1 - b1**self.t, 1 - b2**self.t
@@ -42,18 +47,19 @@ class AdamW:
             p.mul_(1 - lr * self.weight_decay)
             p.addcdiv_(m, (v / correct2).sqrt_().add_(self.eps), value=-lr / correct1)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
 
-    def tensors(self):
-        """Parameters and moments by name, p.0, m.0, v.0, p.1 ..., on the CPU: for a checkpoint."""
-        return {f"{kind}.{i}": tensor.detach().cpu() for kind, group in (
-            ("p", self.parameters), ("m", self.m), ("v", self.v)) for i, tensor in enumerate(group)}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and moments on the CPU, p.0, p.1, ..., m.0, ..., for a checkpoint."""
+        groups = {"p": self.parameters, "m": self.m, "v": self.v}
+        return {f"{kind}.{i}": tensor.detach().cpu()
+                for kind, group in groups.items() for i, tensor in enumerate(group)}
 
-    def restore(self, tensors, t=0):
-        """The inverse, after t steps; without moments among the tensors, of the parameters alone.
-        Raises ValueError if the shapes are others."""
+    def restore(self, tensors: dict[str, Tensor], t: int = 0) -> None:
+        """Load what tensors() returned after t steps; without moments, the parameters alone.
+        Raises ValueError if a shape differs."""
         self.t = t
         copy_into(self.parameters, tensors, "p")
         if "m.0" in tensors:
@@ -62,8 +68,8 @@ class AdamW:
 
 
 @torch.no_grad()
-def copy_into(group, tensors, kind):
-    """Fill a list of tensors with those of a checkpoint, kind.0, kind.1 ..."""
+def copy_into(group: list[Tensor], tensors: dict[str, Tensor], kind: str) -> None:
+    """Fill a list of tensors from those of a checkpoint, kind.0, kind.1, ..."""
     for i, tensor in enumerate(group):
         saved = tensors.get(f"{kind}.{i}")
         if saved is None or saved.shape != tensor.shape:
@@ -72,19 +78,20 @@ def copy_into(group, tensors, kind):
         tensor.copy_(saved)
 
 
-def epochs_of(s, n):
-    """Passes over n examples, from the train section s. auto: four, and as many as make 24 steps:
-    a fact wants to be seen about twenty times (docs/knowledge.md)."""
-    return max(4, 24 / -(-n // s.batch_size)) if s.epochs == "auto" else s.epochs
+def epochs_of(s: TrainConfig, n: int) -> float:
+    """Return the passes over n examples. auto: four, or as many as 24 steps take if that is more,
+    since a fact needs about twenty repetitions (docs/knowledge.md)."""
+    return max(4, 24 / math.ceil(n / s.batch_size)) if s.epochs == "auto" else s.epochs
 
 
-def steps_of(s, n):
-    """The steps of a run with n examples an epoch."""
-    return s.max_steps or max(1, round(epochs_of(s, n) * -(-n // s.batch_size)))
+def steps_of(s: TrainConfig, n: int) -> int:
+    """Return the steps of a run with n examples an epoch."""
+    return s.max_steps or max(1, round(epochs_of(s, n) * math.ceil(n / s.batch_size)))
 
 
-def lr_at(step, *, peak, warmup, total, schedule="cosine", floor=0.0):
-    """The learning rate of update number step (0 is the first).
+def lr_at(step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine",
+          floor: float = 0.0) -> float:
+    """Return the learning rate of update number step (0 is the first).
 
     >>> [lr_at(s, peak=1.0, warmup=1, total=5, schedule="linear") for s in range(5)]
     [0.5, 1.0, 0.75, 0.5, 0.25]

@@ -1,42 +1,75 @@
 """
-Mechanism: replace linear layers by name with LoRALinear; list, freeze and count them.
+Replace linear layers by LoRALinear; list, freeze and count them; find a model's blocks.
 
-Which layers to replace is policy and lives in inject.py, or in an adapter file's own keys.
+inject.py decides which layers, or an adapter file does.
 """
 
 import contextlib
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
 
 from .layer import LoRALinear
 
+# where the blocks are: Llama, Qwen, Mistral, Gemma, ...; GPT-2; GPT-NeoX, Pythia; OPT
+BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 
-def lora_layers(model):
-    """{module path: LoRALinear} in the model's order."""
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return (path, blocks) of the first layout in BLOCKS that the model has."""
+    for path in BLOCKS:
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError:
+            continue
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ValueError(f"inject: {type(model).__name__} has none of {', '.join(BLOCKS)}. Its "
+                     f"children: {children}. Add the path of its blocks to lora.surgery.BLOCKS.")
+
+
+def split_path(path: str) -> tuple[int | None, str]:
+    """Split a module path into the number of its block and the path inside the block.
+
+    >>> split_path("model.layers.3.mlp.up_proj"), split_path("lm_head")
+    ((3, 'mlp.up_proj'), (None, 'lm_head'))
+    """
+    match = re.match(r".*?\.(\d+)\.(.+)", path)
+    return (int(match[1]), match[2]) if match else (None, path)
+
+
+def block_numbers(paths: Iterable[str]) -> list[int]:
+    """List the blocks that module paths lie in, sorted, each once."""
+    return sorted({split_path(path)[0] for path in paths} - {None})
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return {module path: LoRALinear} in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def install(model, modules):
+def install(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Put each module at its path: {module path: module}."""
     for name, module in modules.items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, module)
 
 
-def wrap(model, names, **lora):
+def wrap(model: nn.Module, names: Iterable[str], **lora: float) -> None:
     """Replace each named module by a LoRALinear around it; lora holds LoRALinear's arguments."""
     install(model, {name: LoRALinear(model.get_submodule(name), **lora) for name in names})
 
 
-def unwrap(model):
-    """The inverse of wrap: every base layer is back in its place, the model is the plain base.
-    Returns the LoRALinear layers by path; install() puts them back."""
+def unwrap(model: nn.Module) -> dict[str, LoRALinear]:
+    """Undo wrap; return the LoRALinear layers by path, which install() puts back."""
     layers = lora_layers(model)
     install(model, {name: layer.base_layer for name, layer in layers.items()})
     return layers
 
 
 @contextlib.contextmanager
-def disabled(model):
-    """The plain base inside the block, the adapter in its place."""
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch the adapter off inside the block: the model computes the plain base."""
     before = {layer: layer.enabled for layer in lora_layers(model).values()}
     if any(layer.merged for layer in before):
         raise ValueError("surgery: a merged adapter cannot be switched off; unmerge it first")
@@ -49,20 +82,20 @@ def disabled(model):
             layer.enabled = enabled
 
 
-def freeze_base(model):
-    """Only lora_A and lora_B train. A policy of the whole model: norms and embeddings too."""
+def freeze_base(model: nn.Module) -> None:
+    """Freeze everything but lora_A and lora_B, norms and embeddings too."""
     model.requires_grad_(False)
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(True)
 
 
-def adapter_parameters(model):
-    """[A, B, A, B, ...] of every LoRA layer, in the model's order."""
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List [A, B, A, B, ...] of every LoRA layer, in the model's order."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
 
 
-def count(model):
-    """(trainable, all) parameters; a 4-bit weight is packed, but its state knows its shape."""
+def count(model: nn.Module) -> tuple[int, int]:
+    """Count (trainable, all) parameters. A 4-bit weight is packed: quant_state has its shape."""
     sizes = [(getattr(p, "quant_state", p).shape.numel(), p.requires_grad)
              for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

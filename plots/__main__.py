@@ -1,18 +1,26 @@
 """
-python -m plots runs/demo ...: draw loss.png and loss-dark.png from each run's metrics.jsonl; of a
-folder with a result.json (reports/knowledge), the figures of plots/knowledge.py.
+Draw loss.png and loss-dark.png of runs from their metrics.jsonl.
+
+    python -m plots runs/demo
 """
 
+import argparse
 import sys
-from pathlib import Path
 
-from . import knowledge
 from .figures import draw
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m plots", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", default=["runs/demo"], metavar="RUN",
+                        help="folders of runs (default: runs/demo)")
+    for run in parser.parse_args(argv).runs:
+        print(draw(run))
+
 
 if __name__ == "__main__":
     try:
-        for run in sys.argv[1:] or ["runs/demo"]:
-            found = (Path(run) / "result.json").exists()
-            print(*knowledge.draw(run) if found else [draw(run)], sep="\n")
+        main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")

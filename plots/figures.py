@@ -1,12 +1,14 @@
 """
-loss.png: training and validation loss over steps, the best step marked; below it recall where it
-was measured, and the learning rate. speed.png: samples a second of the trainers that were compared,
-and their losses. inspect.png: how far the adapter moved each weight. loss-dark.png, speed-dark.png
-and inspect-dark.png are the same for a dark page.
+Draw the curves of a run: loss.png and loss-dark.png, the same for a dark page.
+
+They show training and validation loss over steps with the best step marked, recall where it was
+measured, and the learning rate. inspect.png shows how far an adapter moved each weight. The colours
+and helpers here also draw experiments/knowledge/figures.py and benchmarks/figures.py.
 """
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -19,26 +21,41 @@ LIGHT = {"paper": "#ffffff", "ink": "#24292f", "faint": "#d0d7de",
          "train": "#3b82c4", "val": "#d9622b", "recall": "#2e9d5a", "lr": "#8b8f98"}
 DARK = {"paper": "#0d1117", "ink": "#d6dce4", "faint": "#30363d",
         "train": "#6cb0ee", "val": "#ff9e64", "recall": "#58c98a", "lr": "#7d848e"}
+INKED = "text.color", "axes.labelcolor", "xtick.color", "ytick.color"
 
 
-def draw(run):
-    """Write loss.png and loss-dark.png into a run's folder, or speed.png and speed-dark.png into
-    one of benchmark results; returns the path of the first.
+def save(file: Path, figure_of: Callable[[dict], plt.Figure], **style) -> Path:
+    """Write NAME.png and NAME-dark.png; returns the first path. figure_of draws the figure in the
+    colours it receives; style: more rc parameters of matplotlib."""
+    for path, colours in ((file.with_stem(f"{file.stem}-dark"), DARK), (file, LIGHT)):
+        with plt.rc_context(dict.fromkeys(INKED, colours["ink"]) | style):
+            figure = figure_of(colours)
+            figure.savefig(path, dpi=150, facecolor=colours["paper"])
+            plt.close(figure)
+    return file
 
-    Raises ValueError if there is no metrics.jsonl or nothing in it to draw.
+
+def plain(panel: plt.Axes, colours: dict, grid: str = "") -> None:
+    """Remove a panel's frame and ticks; grid is x, y, both or none."""
+    if grid:
+        panel.grid(axis=grid, color=colours["faint"], lw=0.8)
+        panel.set_axisbelow(True)
+    panel.set_facecolor(colours["paper"])
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+
+
+def draw(run: Path | str) -> Path:
+    """Write loss.png and loss-dark.png into a run's folder; returns the path of the first.
+
+    Raises ValueError if metrics.jsonl is missing, damaged or without a training step.
     """
-    results = [json.loads(file.read_text()) for file in sorted(Path(run).glob("*-*.json"))]
-    name = "speed" if results else "loss"
-    lines = results or read_metrics(Path(run) / "metrics.jsonl")
-    for end, colours in (("-dark.png", DARK), (".png", LIGHT)):
-        figure = bars(lines, colours) if results else curves(lines, Path(run).name, colours)
-        figure.savefig(Path(run) / (name + end), dpi=150, facecolor=colours["paper"])
-        plt.close(figure)
-    return Path(run) / f"{name}.png"
+    lines = read_metrics(Path(run) / "metrics.jsonl")
+    return save(Path(run) / "loss.png", lambda colours: curves(lines, Path(run).name, colours))
 
 
-def read_metrics(file):
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+def read_metrics(file: Path) -> list[dict]:
+    """Read the lines of metrics.jsonl; a last line that a crash cut off is left out."""
     try:
         texts = file.read_text(encoding="utf-8").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,33 +75,32 @@ def read_metrics(file):
     return lines
 
 
-def wrong_in(line):
-    """What keeps a line of metrics.jsonl from being drawn; "" for nothing."""
+def wrong_in(line: dict) -> str:
+    """Say what keeps a line of metrics.jsonl from being drawn; "" for nothing."""
     if not isinstance(line, dict):
         return "expected an object"
-    needed = ["step", *["lr"] * ("loss" in line), *["val_loss"] * bool(line.get("best"))]
-    return ", ".join(
-        f"{key} is {line.get(key)!r:.40}; expected a number" for key in (*needed, "loss", "recall")
-        if key in (*needed, *line) and not (
-            isinstance(line.get(key), int | float) and abs(line[key]) < 1e300))
+    drawn = ["step"]
+    if "loss" in line:
+        drawn.append("lr")
+    if line.get("best"):
+        drawn.append("val_loss")
+    drawn += [key for key in ("loss", "recall") if key in line]
+    return ", ".join(f"{key} is {line.get(key)!r:.40}; expected a number" for key in drawn if not (
+        isinstance(line.get(key), int | float) and abs(line[key]) < 1e300))
 
 
-def smooth(values):
-    """Centred moving average over a tenth of the run: it does not lag behind, as a trailing one
-    would."""
+def smooth(values: list[float]) -> list[float]:
+    """Average each value with its neighbours, a tenth of the run. The average is centred: a
+    trailing one would lag behind."""
     half = max(1, len(values) // 20)
-    return [sum(near) / len(near) for near in (
-        values[max(0, i - half):i + half + 1] for i in range(len(values)))]
+    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
-def curves(lines, title, colours):
-    """A figure of one run: a panel each for loss, recall (if measured) and learning rate."""
-    train = [line for line in lines if "loss" in line]
-    val = [line for line in lines if "val_loss" in line]
-    recall = [line for line in lines if "recall" in line]
-    ink = colours["ink"]
-    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
-                                       "ytick.color"), ink))
+def curves(lines: list[dict], title: str, colours: dict) -> plt.Figure:
+    """Draw one run: a panel each for loss, recall (if measured) and learning rate."""
+    train, val, recall = ([line for line in lines if key in line]
+                          for key in ("loss", "val_loss", "recall"))
     heights = (4, 1.4, 1) if recall else (4, 1)
     figure, panels = plt.subplots(len(heights), 1, figsize=(8, 1.1 * sum(heights)), sharex=True,
                                   layout="constrained", height_ratios=heights)
@@ -106,7 +122,7 @@ def curves(lines, title, colours):
     low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     top.set(ylabel="loss (nats per supervised token)",
             ylim=(0, 1.05 * max([*losses, *(e["val_loss"] for e in val)]) or 1))
-    top.set_title(title, loc="left", fontweight="bold", color=ink)
+    top.set_title(title, loc="left", fontweight="bold", color=colours["ink"])
     top.legend(loc="center right", frameon=False)
 
     best = next((line for line in reversed(lines) if line.get("best")), None)
@@ -117,85 +133,26 @@ def curves(lines, title, colours):
                      xycoords=("data", "axes fraction"), ha="left" if left else "right", va="top")
     for panel in panels:
         if best:
-            panel.axvline(best["step"], color=ink, lw=1, ls=":")
-        panel.set_facecolor(colours["paper"])
-        panel.grid(axis="y", color=colours["faint"], lw=0.8)
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0)
+            panel.axvline(best["step"], color=colours["ink"], lw=1, ls=":")
+        plain(panel, colours, "y")
     figure.align_ylabels()
     return figure
 
 
-def bars(results, colours):
-    """A figure of benchmark results. Left, for each, samples a second of the fastest TRL settings,
-    of TRL with transformers' loss put in, and of ours; right the losses of the longest run, which
-    should be one line."""
-    groups = [r for r in results if "ours" in r["results"]]
-    groups.sort(key=lambda r: ("smollm2" not in r["model"], r["model"], r["prefix"]))
-    longest = max(groups, key=lambda r: r["steps"])
-    groups.remove(longest)
-    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
-                                       "ytick.color"), colours["ink"]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.8 * len(groups)),
-                                         layout="constrained", width_ratios=(3, 2))
-    kinds = {"TRL, its fastest settings": "train", "TRL, transformers' loss put in": "lr",
-             "ours": "val"}
-    for y, group in enumerate(groups):
-        ours = group["results"]["ours"]
-        for i, (kind, colour) in enumerate(kinds.items()):
-            arms = [arm for name, arm in group["results"].items() if "error" not in arm and i == (
-                2 if name == "ours" else 1 if "fulllogits" in name else 0 if "trl-" in name else 3)]
-            if arms:
-                arm = max(arms, key=lambda arm: arm["samples_per_s"])
-                rate, at = arm["samples_per_s"], y + 0.27 * (i - 1)
-                spread = [[rate - arm["slowest"]], [arm["fastest"] - rate]]
-                left.barh(at, rate, 0.25, color=colours[colour], xerr=spread,
-                          ecolor=colours["ink"], label=kind if y == 0 else None)
-                times = f" (ours: {ours['samples_per_s'] / rate:.1f} times)" if i < 2 else ""
-                left.text(arm["fastest"], at, f"  {rate:.2f}{times}", va="center", fontsize=9)
-    left.set(yticks=range(len(groups)), xlabel="samples a second", yticklabels=[
-        f"{g['model'].removesuffix('-instruct')}\n{g['prefix']} shared tokens" for g in groups])
-    left.set_xlim(0, 1.15 * max(g["results"]["ours"]["fastest"] for g in groups))
-    left.invert_yaxis()
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper left",
-                  ncols=3)
-
-    for name, arm in longest["results"].items():
-        if "error" in arm:
-            continue
-        ours = name == "ours"
-        right.plot(range(1, len(arm["losses"]) + 1), arm["losses"], label=name,
-                   lw=2 if ours else 6, alpha=1 if ours else 0.4,
-                   color=colours["val" if ours else "train"])
-    right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    right.set_title("the same loss", loc="left", fontweight="bold", color=colours["ink"])
-    right.legend(frameon=False)
-    for panel in (left, right):
-        panel.set_facecolor(colours["paper"])
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0)
-    return figure
+def draw_updates(run: Path | str) -> Path:
+    """Write inspect.png and inspect-dark.png of a folder's inspect.json; returns the first path."""
+    record = json.loads((Path(run) / "inspect.json").read_text(encoding="utf-8"))
+    return save(Path(run) / "inspect.png",
+                lambda colours: heat_map(record["modules"], record["run"], colours))
 
 
-def draw_updates(run):
-    """Write inspect.png and inspect-dark.png of a folder's inspect.json; returns the first."""
-    found = json.loads((Path(run) / "inspect.json").read_text(encoding="utf-8"))
-    for end, colours in (("-dark.png", DARK), (".png", LIGHT)):
-        figure = heat_map(found["modules"], found["run"], colours)
-        figure.savefig(Path(run) / ("inspect" + end), dpi=150, facecolor=colours["paper"])
-        plt.close(figure)
-    return Path(run) / "inspect.png"
-
-
-def heat_map(modules, title, colours):
-    """A figure of an adapter's updates, a cell for each block and projection: above the update's
-    norm in % of the weight's, below its effective rank; more is further from the paper. The mean
-    where a cell has several modules (experts). x is a module with an alarm."""
+def heat_map(modules: list[dict], title: str, colours: dict) -> plt.Figure:
+    """Draw an adapter's updates, a cell for each block and projection: above the update's norm in %
+    of the weight's, below its effective rank. A larger value is further from the paper's colour; a
+    cell of several modules (experts) shows their mean; x marks a module with an alarm."""
     modules = [m for m in modules if m["block"] is not None]
     rows = list(dict.fromkeys(m["projection"] for m in modules))
     blocks = range(1 + max((m["block"] for m in modules), default=0))
-    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
-                                       "ytick.color"), colours["ink"]))
     figure, panels = plt.subplots(2, 1, figsize=(10, 1.6 + 0.56 * len(rows)), sharex=True,
                                   layout="constrained")
     shades = LinearSegmentedColormap.from_list(
@@ -215,10 +172,9 @@ def heat_map(modules, title, colours):
         if dead:
             panel.plot(*zip(*dead, strict=True), "x", color=colours["val"])
         panel.set_yticks(range(len(rows)), rows)
+        plain(panel, colours)
         panel.set_facecolor(colours["faint"])
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0)
     panels[0].set_title(title, loc="left", fontweight="bold", color=colours["ink"])
-    panels[1].set_xlabel("block" + " (x: an update that is dead)" * bool(dead))
+    panels[1].set_xlabel("block (x: an update that is dead)" if dead else "block")
     panels[1].xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -1,2 +1,2 @@
 # before any module here imports torch
-import lora.waiting  # noqa: F401
+import lora.fast.waiting  # noqa: F401

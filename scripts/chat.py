@@ -1,28 +1,28 @@
 """
-Talk with one or several runs in the terminal; the answers appear as they are made.
+Talk with one or several runs in the terminal; each answer appears word by word.
 
     python -m scripts.chat runs/companion
     python -m scripts.chat runs/bram runs/juno --memory retrieve --temperature 0.7
 
-The system prompt and the chat format stored with the run are used. A conversation longer than
---budget tokens loses its oldest turns, or keeps them as notes: lora/conversation.py.
+Chat uses the system prompt and the format stored with the run. A conversation longer than --budget
+tokens loses its oldest turns, or keeps them as notes: lora/use/conversation.py.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from lora import config
-from lora.conversation import MEMORIES, Conversation
+from lora.use.conversation import MEMORIES, Conversation
 from scripts.voices import Voices, with_system
 
 HELP = """  /use NAME      answer with another adapter, under its own system prompt
   /base          answer with the base model; /use NAME goes back
   /compare TEXT  the answers of the base and of every adapter; without TEXT to the last message
-  /scale 0.6     how strongly the adapter acts: 0 is the base, 1 as trained
+  /scale 0.6     the strength of the adapter: 0 is the base, 1 as trained
   /system TEXT   another system prompt; without TEXT show it
-  /memory MODE   what becomes of old turns: window, summary or retrieve
+  /memory MODE   what happens to old turns: window, summary or retrieve
   /retry         the last message again (with temperature: another answer)
   /save FILE     write the conversation as a line of JSONL, as training reads it
   /reset         forget the conversation
@@ -32,53 +32,56 @@ SUMMARISE = "Summarise this conversation in two short sentences. Keep names and 
 
 
 class Chat:
-    """The state of a conversation: which adapter, how strong, what was said."""
+    """A conversation: the adapter, its strength, the turns so far. options are main's."""
 
-    def __init__(self, voices, options, out=None):
+    def __init__(self, voices: Voices, options, out: TextIO | None = None):
         self.voices, self.options, self.out = voices, options, out or sys.stdout
-        self.name, self.scale, self.asked = next(iter(voices.runs)), 1.0, 0
+        self.name, self.scale, self.n_answers = next(iter(voices.runs)), 1.0, 0
         budget = options.budget or voices.runs[self.name].settings.dataset.max_length
-        self.talk = Conversation(lambda messages: len(voices.ids(messages, self.format)), budget,
-                                 voices.system(self.name), options.memory, self.summarise)
+        self.talk = Conversation(self.count_tokens, budget, voices.system(self.name),
+                                 options.memory, self.summarise)
+
+    def count_tokens(self, messages: list[dict]) -> int:
+        """How many tokens the model reads before its answer."""
+        return len(self.voices.voice(self.name, self.format).ids(messages))
 
     @property
-    def format(self):
-        """The base answers in the format of the run it is compared with."""
+    def format(self) -> str:
+        """The format of the run; the base answers in that of the first run."""
         return self.voices.format(self.name or next(iter(self.voices.runs)))
 
     def say(self, *parts):
         print(*parts, file=self.out, flush=True)
 
-    def answer(self, name, messages, label=""):
-        """One answer, printed as it comes."""
+    def answer(self, name: str | None, messages: list[dict]) -> str:
+        """Print an answer as it grows and return it; name is an adapter, or None for the base."""
         shown = 0
 
-        def told(_, text):
+        def show(_, text):
             nonlocal shown
             if not text.endswith("\ufffd"):                 # half a character: wait for the rest
                 print(text[shown:], end="", file=self.out, flush=True)
                 shown = len(text)
-        print(label or f"{name or 'base'}: ", end="", file=self.out, flush=True)
-        o, self.asked = self.options, self.asked + 1
-        (made,) = self.voices.ask(
-            [messages], name, self.format, scale=self.scale if name else 1.0, told=told,
+        print(f"{name or 'base'}: ", end="", file=self.out, flush=True)
+        o, self.n_answers = self.options, self.n_answers + 1
+        (answer,) = self.voices.ask(
+            [messages], name, self.format, scale=self.scale if name else 1.0, on_text=show,
             min_words=o.min_words, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-            top_p=o.top_p, seed=f"{o.seed} {self.asked}")
-        rest = "" if made.expanded else made.text[shown:]
-        self.say(rest if made.ended else f"{rest} [cut off: --max-new-tokens]")
-        if made.expanded:
-            self.say(f"  [shorter than {o.min_words} words; asked for more:]\n{made.text}")
-        return made.text
+            top_p=o.top_p, seed=f"{o.seed} {self.n_answers}")
+        rest = "" if answer.expanded else answer.text[shown:]
+        self.say(rest if answer.ended else f"{rest} [cut off: --max-new-tokens]")
+        if answer.expanded:
+            self.say(f"  [shorter than {o.min_words} words; asked for more:]\n{answer.text}")
+        return answer.text
 
-    def summarise(self, so_far, turns):
-        """The base folds turns into a text; the adapter's style has no place in notes."""
-        said = "\n".join(f"They: {q}\nYou: {a}" for q, a in turns)
-        prompt = [{"role": "user", "content": f"{SUMMARISE}\n\n{so_far}\n{said}"}]
-        (made,) = self.voices.ask([prompt], None, max_new_tokens=60)
-        return made.text
+    def summarise(self, summary: str, turns: list[tuple]) -> str:
+        """Let the base, whose style is neutral, fold turns into a summary."""
+        dialogue = "\n".join(f"They: {q}\nYou: {a}" for q, a in turns)
+        prompt = [{"role": "user", "content": f"{SUMMARISE}\n\n{summary}\n{dialogue}"}]
+        return self.voices.ask([prompt], None, max_new_tokens=60)[0].text
 
-    def hear(self, line):
-        """One line of the user: a message or a command. Raises ValueError if it cannot be done."""
+    def hear(self, line: str) -> None:
+        """Answer a message or run a /command; raise ValueError if that is impossible."""
         if not line.startswith("/"):
             text = self.answer(self.name, self.talk.messages(line))
             self.talk.add(line, text)
@@ -110,8 +113,9 @@ class Chat:
         self.talk.turns = before[:-1] if before and before[-1][0] == text else before
         messages, self.talk.turns = self.talk.messages(text), before
         for name in (None, *self.voices.runs):
-            own = self.talk.system if name in (None, self.name) else self.voices.system(name)
-            self.answer(name, with_system(messages, own))
+            keeps = name in (None, self.name)
+            system = self.talk.system if keeps else self.voices.system(name)
+            self.answer(name, with_system(messages, system))
 
     def do_scale(self, text):
         try:
@@ -126,9 +130,8 @@ class Chat:
     def do_system(self, text):
         if text:
             self.talk.system = text
-            trained = self.voices.system(self.name)
-            if text != trained:
-                self.say("  not the system prompt of training: the adapter was never trained on it")
+            if text != self.voices.system(self.name):
+                self.say("  the adapter was never trained on it: training had another")
         self.say(f"  system prompt: {self.talk.system}")
 
     def do_memory(self, mode):
@@ -143,7 +146,7 @@ class Chat:
         last = self.talk.turns.pop()
         try:
             self.hear(last[0])
-        except BaseException:                              # Ctrl-C too: what was said stays said
+        except BaseException:                              # Ctrl-C too: the turn stays
             self.talk.turns.append(last)
             raise
 
@@ -163,25 +166,25 @@ class Chat:
         self.say("  forgotten")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m scripts.chat", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="run folders on one base, e.g. runs/companion")
-    parser.add_argument("--memory", choices=MEMORIES, default="window")
-    parser.add_argument("--budget", type=int, help="tokens sent at most; default: as in training")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+def main(argv: list[str]) -> int:
+    parser = config.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders on one base")
+    parser.add_argument("--memory", choices=MEMORIES, default="window", help="of old turns")
+    parser.add_argument("--budget", type=int, help="tokens sent at most (default: as in training)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.9, help="sample from this share")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--min-words", type=int, default=0,
                         help="ask once for more where an answer is shorter; 0: never")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     options = parser.parse_args(argv)
     voices = Voices(options.runs, options.device)
     chat = Chat(voices, options)
     for problem in voices.problems:
         print(f"warning: {problem}")
-    named = voices.runs[chat.name].info["base_model"]
-    print(f"base {named}; adapters {', '.join(voices.runs)}; /help lists the commands")
+    base = voices.runs[chat.name].info["base_model"]
+    print(f"base {base}; adapters {', '.join(voices.runs)}; /help lists the commands")
     print(f"system prompt: {chat.talk.system}")
     while True:
         try:

@@ -1,16 +1,15 @@
 """
-Does vLLM answer as our own code does? The base model and adapters, served and asked right here.
+Check that vLLM answers as our own code does: it serves the base model and adapters on this machine.
 
     python -m scripts.check_vllm runs/demo [runs/other ...] --vllm .venv-vllm/bin/vllm
 
-Greedy answers to held-out prompts, sent as our own token ids (which compares the weights) and as
-messages (which compares the template), against lora/generate.py in the server's dtype and in
-float32. Two right programs round differently, so an answer may also part from ours at a near tie:
-no token of it may be more than TIE behind our likeliest. Exit code 0: nine in ten answers of every
-model agree, and all templates.
+It sends held-out prompts as our token ids, which compares the weights, and as messages, which
+compares the template. It compares the greedy answers with lora/generate.py in the server's dtype
+and in float32. Rounding differs, so an answer may also part from ours at a near tie: no token may
+be more than TIE behind our likeliest. Exit code 0: nine in ten answers of every model agree, and
+all templates.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,6 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -31,18 +31,21 @@ import torch
 
 import data
 import dataset
-from lora import adapter, base, config, fetch, readers, runlog
-from lora.generate import generate
+from lora import adapter, config
+from lora.base import fetch, load
+from lora.generate import Stop, generate
+from lora.run import runlog
+from lora.use import readers
 
 BASE = "base"          # what the server calls the base model
 TIE = 0.25             # of log probability
 ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m scripts.check_vllm", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="folders of runs, e.g. runs/demo")
-    parser.add_argument("--vllm", default=".venv-vllm/bin/vllm")
+def main(argv: list[str]) -> int:
+    parser = config.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, e.g. runs/demo")
+    parser.add_argument("--vllm", default=".venv-vllm/bin/vllm", help="its executable")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--n", type=int, default=20, help="prompts for each model")
     parser.add_argument("--tokens", type=int, default=32, help="the longest answer")
@@ -50,43 +53,43 @@ def main(argv):
     args = parser.parse_args(argv)
     if not shutil.which(args.vllm):
         raise ValueError(f"vllm: there is no executable {args.vllm}; `make vllm-env` makes "
-                         ".venv-vllm/bin/vllm, another one is named with --vllm PATH")
-    runs = look_at(args.runs)
+                         ".venv-vllm/bin/vllm, --vllm PATH names another one")
+    runs = runs_of_one_server(args.runs)
     settings = runs[0].settings
     line = command(args.vllm, fetch.find(settings.model.name), runs, args.dtype)
-    tokenizer = base.load_tokenizer(line[2])
+    tokenizer = load.load_tokenizer(line[2])
     format = dataset.choose_format(tokenizer, settings.dataset.format)
     stop = dataset.stop_of(tokenizer, format)
 
     def render(messages):
         return dataset.render(messages, tokenizer, format, reply=True)[0]
     prompts = [pick(run.settings, args.n) for run in runs]
-    asked = dict(zip([BASE, *(run.name for run in runs)], [prompts[0], *prompts], strict=True))
+    prompts = dict(zip([BASE, *(run.name for run in runs)], [prompts[0], *prompts], strict=True))
     good, theirs, clock = True, {}, time.perf_counter()
     with serve(line, args.seconds) as post:
         print(f"check: vLLM was ready after {time.perf_counter() - clock:.0f} s")
-        for name, messages in asked.items():
+        for name, messages in prompts.items():
             theirs[name] = complete(post, name, list(map(render, messages)), stop, args.tokens)
             if format != "plain":                 # a base model's server renders no messages
-                said = [answer["text"] for answer in theirs[name]]
-                good &= chat(post, name, messages, render, said, args.tokens)
+                texts = [answer["text"] for answer in theirs[name]]
+                good &= chat(post, name, messages, render, texts, args.tokens)
     for dtype in dict.fromkeys([args.dtype, "float32"]):
-        for name, run in zip(asked, [None, *runs], strict=True):
-            model = base.load_model(line[2], base.pick_device(), getattr(torch, dtype))
+        for name, run in zip(prompts, [None, *runs], strict=True):
+            model = load.load_model(line[2], load.pick_device(), getattr(torch, dtype))
             if run:
                 adapter.load(model, run.adapter)
-            ids = list(map(render, asked[name]))
-            own = [tokenizer.decode(answer, skip_special_tokens=True).strip()
-                   for answer in generate(model, ids, stop, args.tokens)]
+            ids = list(map(render, prompts[name]))
+            ours = [tokenizer.decode(answer, skip_special_tokens=True).strip()
+                    for answer in generate(model, ids, stop, args.tokens)]
             print(f"\n{name}: vLLM in {args.dtype}, ours in {dtype}")
-            good &= compare(asked[name], theirs[name], own, score(model, ids, theirs[name]))
+            good &= compare(prompts[name], theirs[name], ours, score(model, ids, theirs[name]))
     print("\ncheck: vLLM " + ("agrees" if good else "DIFFERS"))
     return int(not good)
 
 
-def look_at(paths):
-    """The runs. Raises ValueError unless one server can have them all: adapters of one base model
-    in one format, under different names."""
+def runs_of_one_server(paths: list[str]) -> list[runlog.Run]:
+    """Read the runs. Raises ValueError unless one server can have them all: adapters of one base
+    model in one format, under different names."""
     runs = [runlog.read_run(path) for path in paths]
     names = [BASE, *(run.name for run in runs)]
     bases = sorted({(run.settings.model.name, run.settings.dataset.format) for run in runs})
@@ -96,15 +99,15 @@ def look_at(paths):
     return runs
 
 
-def pick(settings, n):
-    """The messages of n prompts or fewer, spread over the run's held-out examples, or over all."""
+def pick(settings: config.Config, n: int) -> list[list[dict]]:
+    """At most n prompts, spread over the run's held-out examples, or over all if those are few."""
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
     examples = val if len(val) >= n else val + train
     return [e["messages"][:-1] for e in examples[::max(1, len(examples) // n)][:n]]
 
 
-def command(vllm, folder, runs, dtype):
-    """vllm serve FOLDER ..., on a free port of the loopback address alone."""
+def command(vllm: str, folder: str, runs: list[runlog.Run], dtype: str) -> list[str]:
+    """The command vllm serve FOLDER ..., on a free port of the loopback address alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -119,8 +122,8 @@ def command(vllm, folder, runs, dtype):
 
 
 @contextlib.contextmanager
-def serve(line, seconds):
-    """Run the server while the block runs; gives post(path, payload). However the block ends, the
+def serve(line: list[str], seconds: float) -> Iterator[Callable]:
+    """Run the server while the block runs; yields post(path, payload). However the block ends, the
     server and its processes end too. Raises ValueError with the end of its log if it dies or takes
     longer than seconds to start."""
     def leave(number, frame):
@@ -145,20 +148,21 @@ def serve(line, seconds):
                 signal.signal(number, handler)
 
 
-def wait(child, port, seconds):
-    """Return when the server is ready, raise OSError when it will not be."""
+def wait(child: subprocess.Popen, port: str, seconds: float) -> None:
+    """Wait until the server is ready. Raises OSError if it ends or takes longer than seconds."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if child.poll() is not None:
             raise OSError(f"the server ended with code {child.returncode}")
         with contextlib.suppress(OSError, ValueError):
-            return post(port, "/health")
+            post(port, "/health")
+            return
         time.sleep(0.5)
     raise OSError(f"the server was not ready after {seconds:g} s")
 
 
-def post(port, path, payload=None):
-    """The reply to a JSON request; no proxy is asked for it."""
+def post(port: str, path: str, payload: dict | None = None):
+    """Send a JSON request past any proxy and return the reply."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}", headers={"Content-Type": "application/json"},
         data=None if payload is None else json.dumps(payload).encode())
@@ -171,10 +175,10 @@ def post(port, path, payload=None):
         raise ValueError(f"vllm: {path} answered {error.code}: {text:.500}") from error
 
 
-# ----- what is asked and compared ----------------------------------------------------------------
+# ----- questions and comparisons -----------------------------------------------------------------
 
 
-def complete(post, name, prompts, stop, n):
+def complete(post: Callable, name: str, prompts: list[list[int]], stop: Stop, n: int) -> list[dict]:
     """vLLM's answers to prompts of token ids: text, tokens, and their log probabilities."""
     reply = post("/v1/completions", {
         "model": name, "prompt": prompts, "temperature": 0, "max_tokens": n, "logprobs": 1,
@@ -185,9 +189,10 @@ def complete(post, name, prompts, stop, n):
             for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
 
 
-def chat(post, name, prompts, render, said, n):
-    """Does the server render messages as we do, with their system prompt and without, and answer
-    them as it did our ids? Prints both counts."""
+def chat(post: Callable, name: str, prompts: list[list[dict]], render: Callable, texts: list[str],
+         n: int) -> bool:
+    """Whether the server renders messages as we do, with their system prompt and without. Prints
+    that count, and how many answers are texts, those to our ids."""
     bare = [[m for m in messages if m["role"] != "system"] for messages in prompts]
 
     def tokens(messages):
@@ -200,30 +205,31 @@ def chat(post, name, prompts, render, said, n):
     with ThreadPoolExecutor(8) as pool:
         right = [got == render(m) for got, m in zip(pool.map(tokens, prompts + bare),
                                                     prompts + bare, strict=True)]
-        same = sum(a == b for a, b in zip(pool.map(answer, prompts), said, strict=True))
+        same = sum(a == b for a, b in zip(pool.map(answer, prompts), texts, strict=True))
     print(f"{name}: messages become our tokens for {sum(right)} of {len(right)} prompts (half of "
-          f"them without system prompt); {same} of {len(said)} answers are those to our tokens")
+          f"them without system prompt); {same} of {len(texts)} answers are those to our tokens")
     return all(right)
 
 
 @torch.no_grad()
-def score(model, prompts, theirs):
-    """For each of vLLM's answers, by our model: (its tokens' log probabilities, how far the worst
-    of them is behind our likeliest)."""
-    made = []
+def score(model, prompts: list[list[int]], theirs: list[dict]) -> list[tuple[list[float], float]]:
+    """Score vLLM's answers by our model: (log probabilities of the tokens, how far the worst of
+    them is behind our likeliest)."""
+    scores = []
     for ids, answer in zip(prompts, theirs, strict=True):
         both = torch.tensor([ids + answer["tokens"]], device=model.device)
         logp = model(input_ids=both).logits[0, len(ids) - 1:-1].float().log_softmax(-1)
-        given = logp.gather(1, both[0, len(ids):, None])[:, 0]
-        made.append((given.tolist(), (logp.amax(1) - given).max().item()))
-    return made
+        chosen = logp.gather(1, both[0, len(ids):, None])[:, 0]
+        scores.append((chosen.tolist(), (logp.amax(1) - chosen).max().item()))
+    return scores
 
 
-def compare(prompts, theirs, own, scores):
-    """Print the table of one model. Do nine in ten answers agree?"""
+def compare(prompts: list[list[dict]], theirs: list[dict], ours: list[str],
+            scores: list[tuple[list[float], float]]) -> bool:
+    """Print the table of one model; returns whether nine in ten answers agree."""
     count, apart = {"same": 0, "tie": 0, "OTHER": 0}, []
     print("  answer  first token  behind  prompt")
-    for messages, t, o, (logp, behind) in zip(prompts, theirs, own, scores, strict=True):
+    for messages, t, o, (logp, behind) in zip(prompts, theirs, ours, scores, strict=True):
         verdict = "same" if t["text"] == o else "tie" if behind <= TIE else "OTHER"
         count[verdict] += 1
         apart.append([a - b for a, b in zip(t["logp"], logp, strict=True)])
@@ -232,11 +238,12 @@ def compare(prompts, theirs, own, scores):
         if verdict != "same":
             print(f"    vLLM: {' '.join(t['text'].split()):.90}\n"
                   f"    ours: {' '.join(o.split()):.90}")
-    print(f"  {count['same']} of {len(own)} answers are the same, {count['tie']} part at near ties")
+    print(f"  {count['same']} of {len(ours)} answers are the same, {count['tie']} part at near "
+          "ties")
     for what, off in (("first", [a[0] for a in apart]), ("all", [x for a in apart for x in a])):
         print(f"  log probability of {what} tokens: {sum(map(abs, off)) / len(off):.1e} apart on "
               f"average, {max(map(abs, off)):.1e} at most")
-    return count["OTHER"] * 10 <= len(own)
+    return count["OTHER"] * 10 <= len(ours)
 
 
 if __name__ == "__main__":

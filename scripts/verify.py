@@ -1,16 +1,14 @@
 """
-Is a run what it says, and does its adapter do anything? Exit code 1 if not.
+Check that a run is intact and that its adapter changes answers. Exit code 1 if not.
 
     python -m scripts.verify runs/companion
     python -m scripts.verify runs/companion --system "You are kind."     # what your server sends
 
-The base model, its weights, the chat template and the system prompt must be those of the training;
-the adapter is loaded and answers fixed prompts beside the base. One without effect is an error.
+The base model, its weights, the chat template and the system prompt must be those of the training.
+Base and adapter answer fixed prompts; an adapter without effect is an error.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 from lora import config
 from scripts.voices import Voices, read_prompts, with_system
@@ -19,23 +17,24 @@ PROMPTS = ("Good morning! How are you?", "Tell me about yourself.", "What did yo
            "I feel a little sad today.", "What is the capital of France?", "Can you help me?")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m scripts.verify", allow_abbrev=False)
-    parser.add_argument("run", help="a run's folder, e.g. runs/companion")
-    parser.add_argument("--prompts", help=".jsonl with messages, or .txt with a question a line")
-    parser.add_argument("--system", help="the system prompt that will be sent, or a file with it")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--device", default="auto")
+def main(argv: list[str]) -> int:
+    parser = config.Parser(__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/companion")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help=".jsonl with messages, or .txt with a question a line")
+    parser.add_argument("--system", help="the system prompt your server sends: a text or .txt file")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     options = parser.parse_args(argv)
-    asked = [p["messages"] for p in read_prompts(options.prompts)] if options.prompts else [
-        [{"role": "user", "content": text}] for text in PROMPTS]
+    questions = [[{"role": "user", "content": text}] for text in PROMPTS]
+    if options.prompts:
+        questions = [prompt["messages"] for prompt in read_prompts(options.prompts)]
 
     voices = Voices([options.run], options.device)
     (name, run), = voices.runs.items()
     system, checks = voices.system(name), list(voices.checks[name])
     if options.system is not None:
-        given = Path(options.system)
-        sent = given.read_text(encoding="utf-8").strip() if given.is_file() else options.system
+        sent = config.text_of(options.system)
         checks.append(("system prompt", "" if sent == system else
                        f"training used {system!r}, this is {sent!r}"))
     layers, _ = voices.bank.adapters[name]
@@ -43,19 +42,19 @@ def main(argv):
     checks.append((f"adapter: {len(layers)} modules, {moved} with an update that is not zero",
                    "" if moved else "the adapter has no effect: every update is zero"))
 
-    prompts = [with_system(messages, system) for messages in asked]
+    prompts = [with_system(messages, system) for messages in questions]
     before, after = ([a.text for a in voices.ask(prompts, who, voices.format(name),
                                                  max_new_tokens=options.max_new_tokens)]
                      for who in (None, name))
     changed = sum(a != b for a, b in zip(before, after, strict=True))
-    checks.append((f"answers: {changed} of {len(asked)} differ from the base's", "" if changed else
-                   "the adapter has no effect: it answers what the base answers, word for word"))
+    checks.append((f"answers: {changed} of {len(prompts)} differ from the base's", "" if changed
+                   else "the adapter has no effect: they are the base's, word for word"))
 
     print(f"verify: {options.run}, trained {run.info.get('started', 'at an unknown time')[:10]}")
     for what, problem in checks:
-        print(f"  {'ERROR' if problem else 'ok   '}  {what}{': ' * bool(problem)}{problem}")
+        print(f"  ERROR  {what}: {problem}" if problem else f"  ok     {what}")
     print(f"  system prompt: {system}")
-    for messages, *both in zip(asked, before, after, strict=True):
+    for messages, *both in zip(questions, before, after, strict=True):
         print("\n  {}\n    base:  {:.150}\n    tuned: {:.150}".format(
             *(" ".join(text.split()) for text in (messages[-1]["content"], *both))))
     errors = sum(bool(problem) for _, problem in checks)

@@ -1,15 +1,14 @@
 """
-Is a run of yours that is killed and resumed the run that was never killed? Proof, with your config:
+Prove with your config that a run which is killed and resumed equals one that is never killed.
 
     python -m scripts.verify_resume --kills 3 --train.max_steps=12      # about five runs' time
     python -m scripts.verify_resume --config examples/companion/config.json
 
-Trains once without a break, then again, killed (SIGKILL) after times drawn at random and resumed,
-and compares adapters bit by bit and every line of metrics.jsonl, but for what a clock says. Works
-in runs/verify-whole and runs/verify-killed.
+It trains once without a break, then again, killed (SIGKILL) after random times and resumed. It
+compares adapters bit by bit and every line of metrics.jsonl, timing aside. It writes
+runs/verify-whole and runs/verify-killed.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -23,38 +22,39 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TIMING = {"seconds", "tokens_per_s", "peak_memory_gib"}
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    asked, rest = parser.parse_known_args(argv)
-    config.take_config(rest)                                   # a wrong key is said at once
+def main(argv: list[str]) -> int:
+    parser = config.Parser(__doc__, settings=True, file=True)
+    parser.add_argument("--kills", type=int, default=3, help="how often the run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
+    options = parser.parse_args(argv)
+    config.settings_of(options)                                # a wrong value ends it here
+    words = ["--config", options.config, *config.overrides(options)]
     started = time.perf_counter()
-    train([*rest, "--train.run=verify-whole"])
+    train([*words, "--train.run=verify-whole"])
     seconds = time.perf_counter() - started
-    print(f"the whole run took {seconds:.0f} seconds; now with {asked.kills} kills")
+    print(f"the whole run took {seconds:.0f} seconds; now with {options.kills} kills")
 
-    rng, kills = random.Random(asked.seed), 0
-    again = [*rest, "--train.run=verify-killed", "--train.checkpoint_every=1"]
-    words = again
-    while kills < asked.kills:
+    rng, kills = random.Random(options.seed), 0
+    anew = [*words, "--train.run=verify-killed", "--train.checkpoint_every=1"]
+    words = anew
+    while kills < options.kills:
         if train(words, rng.uniform(0, seconds)) is not None:
-            words = again                                      # it was faster: another run
+            words = anew                                       # it ended first: another run
             continue
         kills += 1
         begun = Path("runs/verify-killed/config.json").exists()
-        words = ["--resume", "runs/verify-killed"] if begun else again
-        print(f"kill {kills} of {asked.kills}: {last_line('runs/verify-killed')}")
+        words = ["--resume", "runs/verify-killed"] if begun else anew
+        print(f"kill {kills} of {options.kills}: {last_line('runs/verify-killed')}")
     train(words)
-    wrong = differences("runs/verify-whole", "runs/verify-killed")
-    print("\n".join(wrong) or f"{kills} kills, {kills} resumes: adapters and metrics are the same, "
-          "bit for bit")
-    return int(bool(wrong))
+    problems = differences("runs/verify-whole", "runs/verify-killed")
+    print("\n".join(problems) or f"{kills} kills, {kills} resumes: adapters and metrics are the "
+          "same, bit for bit")
+    return int(bool(problems))
 
 
-def train(words, seconds=None):
-    """python train.py as a process; killed after so many seconds. Returns its exit code, None if it
-    was killed. Raises ValueError with its last words if it failed."""
+def train(words: list[str], seconds: float | None = None) -> int | None:
+    """Run python train.py as a process and kill it after so many seconds. Returns its exit code, or
+    None if it was killed; ValueError with the end of its output if it failed."""
     with subprocess.Popen([sys.executable, TRAIN, *words], text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
         try:
@@ -68,27 +68,27 @@ def train(words, seconds=None):
     return 0
 
 
-def last_line(folder):
-    """How far a run has come, in words."""
+def last_line(folder: str) -> str:
+    """The newest line of a run's metrics.jsonl."""
     try:
         return Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1][:60]
     except (OSError, IndexError):
         return "nothing yet"
 
 
-def differences(a, b):
-    """What differs between two runs' results, a line each."""
-    found = [f"{a}/{part} and {b}/{part} differ" for part in (
+def differences(a: str, b: str) -> list[str]:
+    """Compare the results of two runs; a sentence for each difference."""
+    problems = [f"{a}/{part} and {b}/{part} differ" for part in (
         "adapter/adapter_model.safetensors", "last/adapter_model.safetensors", "samples.md")
         if Path(a, part).read_bytes() != Path(b, part).read_bytes()]
     lines = [[json.loads(line) for line in Path(run, "metrics.jsonl").read_text(
         encoding="utf-8").splitlines()] for run in (a, b)]
     if len(lines[0]) != len(lines[1]):
-        found.append(f"metrics.jsonl: {len(lines[0])} lines, {len(lines[1])} lines")
+        problems.append(f"metrics.jsonl: {len(lines[0])} lines, {len(lines[1])} lines")
     for n, (x, y) in enumerate(zip(*lines, strict=False), 1):
-        found += [f"metrics.jsonl:{n}: {key}: {x.get(key)} and {y.get(key)}"
-                  for key in x.keys() | y.keys() if key not in TIMING and x.get(key) != y.get(key)]
-    return found
+        problems += [f"metrics.jsonl:{n}: {key}: {x.get(key)} and {y.get(key)}" for key in
+                     x.keys() | y.keys() if key not in TIMING and x.get(key) != y.get(key)]
+    return problems
 
 
 if __name__ == "__main__":

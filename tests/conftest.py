@@ -5,18 +5,20 @@ import json
 import os
 import shutil
 
+import lora.fast.waiting  # noqa: F401
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora import base
+from lora.base import load
 
 # what model.dtype "auto" is in the tests, whatever this machine is good at; also for processes that
 # tests start, as --model.dtype
 AUTO = os.environ.get("AUTO_DTYPE", "float32")
 assert AUTO in ("float32", "bfloat16"), f"AUTO_DTYPE is {AUTO}"
-FAST_BFLOAT16, base.fast_bfloat16 = base.fast_bfloat16, lambda device: AUTO == "bfloat16"
+FAST_BFLOAT16, load.fast_bfloat16 = load.fast_bfloat16, lambda device: AUTO == "bfloat16"
 
 
 def within(float32, bfloat16):

@@ -152,8 +152,8 @@ def test_a_setting_that_cannot_be_computed_is_a_misfit(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (torch.full((4, 32), float("nan")), "holds what is no finite number"),
-    (torch.zeros(4, 32, dtype=torch.int32), "holds what is no finite number"),
+    (torch.full((4, 32), float("nan")), "holds values that are not finite numbers"),
+    (torch.zeros(4, 32, dtype=torch.int32), "holds values that are not finite numbers"),
     (torch.zeros(0, 32), "file has"), (torch.tensor(1.0), "file has")])
 def test_a_tensor_that_cannot_be_an_adapter_is_a_misfit(tmp_path, wrong, words):
     adapter.save(adapted(), tmp_path, "b")

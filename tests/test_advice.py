@@ -1,4 +1,4 @@
-"""lora/advice.py: each mistake has its sentence, and what is right has none."""
+"""lora/run/advice.py: each mistake has its sentence, and what is right has none."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 import data
 from inject import inject
-from lora import advice, config
+from lora import config
+from lora.run import advice
 
 ROOT = Path(__file__).resolve().parents[1]
 # the default model's sizes; advice reads a model's config alone
@@ -76,7 +77,7 @@ def test_questions_and_answers_are_facts_too(tmp_path):
 
 
 def test_conversations_without_facts_have_other_rules(tmp_path):
-    talk = [data._example([("user", "hi"), ("assistant", "yo")], "t:1")]
+    talk = [data.new_example([("user", "hi"), ("assistant", "yo")], "t:1")]
     assert told(tmp_path, ALL[:1], train=talk, val=talk, train__lr=1e-6) == []
     facts = data.fact_examples()
     assert told(tmp_path, ALL[:1], train=facts + talk, val=[], train__lr=1e-6)  # some are facts

@@ -1,13 +1,14 @@
-"""lora/bank.py: several adapters on one base, against one adapter alone on a fresh base."""
+"""lora/use/bank.py: several adapters on one base, against one adapter alone on a fresh base."""
 
 import pytest
 import torch
 from conftest import make_model
 
 from inject import inject
-from lora import adapter, base, surgery
-from lora.bank import Bank
+from lora import adapter, surgery
+from lora.base import load
 from lora.layer import LoRALinear
+from lora.use.bank import Bank
 
 IDS = torch.arange(40, 52)[None]
 
@@ -55,7 +56,7 @@ def test_each_adapter_answers_as_if_it_were_alone(three):
 
 
 def test_the_base_is_untouched_after_use(three):
-    before = base.fingerprint(make_model())
+    before = load.fingerprint(make_model())
     bank = bank_of(three)
     bank.use("a", 0.5)
     bank.use(None)
@@ -63,7 +64,7 @@ def test_the_base_is_untouched_after_use(three):
     fresh = make_model().state_dict()
     assert bank.model.state_dict().keys() == fresh.keys()
     assert all(torch.equal(v, fresh[k]) for k, v in bank.model.state_dict().items())
-    assert base.fingerprint(bank.model) == before
+    assert load.fingerprint(bank.model) == before
 
 
 def test_scale_goes_from_the_base_to_the_adapter(three):
@@ -108,5 +109,5 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(three, tmp_path):
 
 
 def test_the_fingerprint_knows_a_base_in_any_dtype():
-    assert base.fingerprint(make_model()) == base.fingerprint(make_model().bfloat16())
-    assert base.fingerprint(make_model()) != base.fingerprint(make_model(seed=1))
+    assert load.fingerprint(make_model()) == load.fingerprint(make_model().bfloat16())
+    assert load.fingerprint(make_model()) != load.fingerprint(make_model(seed=1))

@@ -1,4 +1,4 @@
-"""lora/base.py: device, dtype, and what is never loaded."""
+"""lora/base/load.py: device, dtype, and what is never loaded."""
 
 import json
 
@@ -6,41 +6,41 @@ import pytest
 import torch
 from conftest import FAST_BFLOAT16, make_model, make_tokenizer
 
-from lora import base
+from lora.base import load
 
 CPU = torch.device("cpu")
 
 
 def test_a_wanted_device_and_dtype_are_taken():
-    assert base.pick_device("cpu") == CPU
-    assert base.pick_dtype("bfloat16", CPU) == torch.bfloat16
+    assert load.pick_device("cpu") == CPU
+    assert load.pick_dtype("bfloat16", CPU) == torch.bfloat16
 
 
 @pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, amx, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    monkeypatch.setattr(base, "fast_bfloat16", FAST_BFLOAT16)
-    assert base.pick_dtype("auto", CPU) == dtype
+    monkeypatch.setattr(load, "fast_bfloat16", FAST_BFLOAT16)
+    assert load.pick_dtype("auto", CPU) == dtype
 
 
 def test_a_folder_loads_in_eval_mode_with_the_dtype_asked_for(tiny_folder):
-    model = base.load_model(tiny_folder, CPU, torch.bfloat16)
+    model = load.load_model(tiny_folder, CPU, torch.bfloat16)
     assert not model.training and model.dtype == torch.bfloat16
-    assert base.load_tokenizer(tiny_folder).eos_token == "<|im_end|>"
+    assert load.load_tokenizer(tiny_folder).eos_token == "<|im_end|>"
 
 
 def test_a_pickle_is_not_read(tiny_folder):
-    model = base.load_model(tiny_folder, CPU, torch.float32)
+    model = load.load_model(tiny_folder, CPU, torch.float32)
     torch.save(model.state_dict(), tiny_folder / "pytorch_model.bin")
     (tiny_folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="model: could not load .*safetensors"):
-        base.load_model(tiny_folder, CPU, torch.float32)
+        load.load_model(tiny_folder, CPU, torch.float32)
 
 
 def test_what_is_no_model_is_one_readable_error(tmp_path):
     with pytest.raises(ValueError, match="(?s)model: could not load .*Expected a model folder"):
-        base.load_tokenizer(tmp_path)
+        load.load_tokenizer(tmp_path)
 
 
 # ----- a folder that was copied in part ----------------------------------------------------------
@@ -80,7 +80,7 @@ def test_a_half_copied_model_is_named_by_file(tmp_path, spoil, words):
     make_tokenizer().save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=f"(?s)model: could not load .*{words}") as error:
-        base.load_model(str(tmp_path), CPU, torch.float32)
+        load.load_model(str(tmp_path), CPU, torch.float32)
     assert " is " not in words or "Copy it again" in str(error.value) or "no index" in words
 
 
@@ -92,16 +92,16 @@ def test_a_half_copied_model_is_named_by_file(tmp_path, spoil, words):
 def test_a_half_copied_tokenizer_is_named_by_file(tiny_folder, spoil, words):
     spoil(tiny_folder)
     with pytest.raises(ValueError, match=f"(?s)model: could not load .*{words}"):
-        base.load_tokenizer(str(tiny_folder))
+        load.load_tokenizer(str(tiny_folder))
 
 
 def test_a_missing_weight_is_never_replaced_by_random_numbers(tiny_folder):
     change("config.json", num_hidden_layers=3)(tiny_folder)
     with pytest.raises(ValueError, match="9 weights of config.json are missing .*model.layers.2"):
-        base.load_model(str(tiny_folder), CPU, torch.float32)
+        load.load_model(str(tiny_folder), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "", "../..", "https://a.b/c"])
 def test_a_name_that_cannot_be_one_is_one_readable_error(name):
     with pytest.raises(ValueError, match="model: could not load"):
-        base.load_tokenizer(name)
+        load.load_tokenizer(name)

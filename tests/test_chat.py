@@ -110,7 +110,7 @@ def test_a_long_conversation_keeps_to_its_budget(voices):
     for memory in ("window", "retrieve", "summary"):
         hear(talk, f"/memory {memory}", *["is it a dog or a cow or an ant?"] * 6)
         sent = talk.talk.messages("well?")
-        assert len(voices.ids(sent, "template")) <= 150
+        assert len(voices.voice("a").ids(sent)) <= 150
     assert "Earlier: " in sent[0]["content"]
 
 

@@ -158,9 +158,9 @@ def test_facts_and_short_answers_may_be_said_again(run):
 
 def test_of_hundreds_of_near_answers_one_stays():
     lines = [json.dumps(talk(f"q{i}", f"{LONG} Land {i}.")).encode() for i in range(600)]
-    records = [clean.look(f"line {i}", line) for i, line in enumerate(lines)]
-    clean.near(records, 0.6)
-    assert [i for i, r in enumerate(records) if not r.found] == [0]
+    records = [clean.read_record(f"line {i}", line) for i, line in enumerate(lines)]
+    clean.mark_near(records, 0.6)
+    assert [i for i, r in enumerate(records) if not r.faults] == [0]
 
 
 def test_a_long_answer_without_an_end_is_a_warning_where_others_have_one(run):
@@ -233,7 +233,7 @@ def test_help_lists_every_kind_with_its_action(capsys):
 
 @pytest.mark.parametrize("options", [["--keep", "refused"], ["--keep", "empty"], ["--drop", "x"]])
 def test_a_kind_that_cannot_be_is_refused(tmp_path, options):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=f"{options[0]}: invalid choice: '{options[1]}'"):
         clean.main([str(write(tmp_path / "my.jsonl", [OK])), *options])
 
 

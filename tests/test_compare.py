@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lora import text
+from lora.use import text
+from measure import Answer
 from scripts import compare
-from scripts.voices import Answer
 
 pytestmark = pytest.mark.auto
 
@@ -80,7 +80,7 @@ def test_the_head_and_foot_say_how_it_was_made(made):
 
 def test_the_same_seed_makes_the_same_report(made, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
-    compare.main(["--adapters", "runs/a", "runs/b", "runs/c", "--out", str(tmp_path), "--samples=1",
+    compare.main(["runs/a", "runs/b", "runs/c", "--out", str(tmp_path), "--samples=1",
                   "--max-new-tokens=16", "--device=cpu"])
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["prompts"] == made[0]["prompts"] and again["metrics"] == made[0]["metrics"]

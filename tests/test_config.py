@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import data
 from dataset import QADataset
 from inject import inject
-from lora import config, runlog
+from lora import config
 from lora.layer import LoRALinear
+from lora.run import runlog
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = get_type_hints(config.Config)
@@ -105,10 +106,65 @@ def test_take_config_reads_config_json_by_default(tmp_path, monkeypatch):
     assert config.take_config([]).lora.r == 3
 
 
-@pytest.mark.parametrize("argument", ["my.jsonl", "--lora.r", "lora.r=4", "--r=4", "-x", "--help"])
-def test_take_config_refuses_what_it_does_not_know(argument):
-    with pytest.raises(ValueError, match=f"{argument}.*expected --config FILE"):
-        config.take_config(["--lora.r=4", argument])
+@pytest.mark.parametrize("argument, message", [
+    ("my.jsonl", "unknown argument; python x.py --help lists all"),
+    ("--lora.r", "expected one argument; python x.py --help lists all"),
+    ("lora.r=4", "unknown argument; did you mean --lora.r?"),
+    ("--r=4", "unknown option; did you mean --lora.r?"),
+    ("--epochs=2", "unknown option; did you mean --train.epochs?"),
+    ("--model=smollm2", "unknown option; did you mean --model.name?"),
+    ("--train.save_steps=2", "unknown option; did you mean --train.save_every?"),
+    ("--model.name_or_path=a", "unknown option; did you mean --model.name?"),
+    ("-x", "unknown option; python x.py --help lists all")])
+def test_a_wrong_argument_comes_first_and_then_the_nearest_right_one(argument, message):
+    with pytest.raises(ValueError) as caught:
+        config.take_config(["--lora.r=4", argument], "    python x.py")
+    assert str(caught.value) == f"{argument.partition('=')[0]}: {message}"
+
+
+def test_a_commands_own_option_is_suggested_too():
+    parser = config.Parser("    python -m scripts.x runs/demo")
+    parser.add_argument("run")
+    parser.add_argument("--max-new-tokens", type=int, default=8)
+    assert vars(parser.parse_args(["runs/a"])) == {"run": "runs/a", "max_new_tokens": 8}
+    for argv, message in ((["--max-tokens=3"], "--max-tokens: unknown option; did you mean "
+                           "--max-new-tokens?"), ([], "required: run; python -m scripts.x --help"),
+                          (["a", "--max-new-tokens=b"], "--max-new-tokens: invalid int value: 'b'"),
+                          (["a", "b"], "b: unknown argument")):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            parser.parse_args(argv)
+
+
+def test_help_shows_the_doc_and_every_default(capsys):
+    parser = config.Parser("Do it.\n\n    python x.py my.jsonl", settings=True, file=True)
+    parser.add_argument("--n", type=int, default=0, help="examples")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert not caught.value.code and "Do it.\n\n    python x.py my.jsonl" in out
+    assert "examples (default: 0)" in out and "(default: config.json)" in out
+    for key, default, _, comment in config.described():
+        assert re.search(re.escape(f"  --{key}={default}") + " +" + re.escape(comment), out)
+
+
+def test_a_plain_argument_is_the_data_and_an_option_still_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert config.take_config(["a.jsonl"], file=True).data.path == "a.jsonl"
+    assert config.take_config(["--data.path=b"], file=True).data.path == "b"
+    assert config.take_config(["--data.path", "b"], file=True).data.path == "b"
+
+
+@pytest.mark.parametrize("text", ["Be kind.\nBe brief.\n", "\ufeffBe kind.\nBe brief."])
+def test_a_text_file_as_system_prompt_is_read(load, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "system.txt").write_text(text, encoding="utf-8")
+    made = load({}, "--data.system=system.txt")
+    assert made.data.system == "Be kind.\nBe brief."
+    assert load(dataclasses.asdict(made)) == made
+    assert load({}, "--data.system=Read notes.txt").data.system == "Read notes.txt"
+    assert "data.system is \"none.txt\"; expected a text, or a .txt file that exists" in error_of(
+        load, {}, "--data.system=none.txt")
 
 
 # ----- what is refused ---------------------------------------------------------------------------
@@ -119,6 +175,8 @@ def test_take_config_refuses_what_it_does_not_know(argument):
     ({"lora": {"rank": 8}}, "Did you mean lora.r?"),
     ({"lora": {"lora_alpa": 8}}, "Did you mean lora.lora_alpha?"),
     ({"train": {"learning_rate": 1}}, "Did you mean train.lr?"),
+    ({"train": {"save_steps": 1}}, "Did you mean train.save_every?"),
+    ({"model": {"name_or_path": "a"}}, "Did you mean model.name?"),
     ({"train": {"max_length": 9}}, "Did you mean dataset.max_length?"),
     ({"trian": {}}, "Did you mean train?"),
     ({"lr": 1}, "Did you mean train.lr?"),
@@ -267,8 +325,9 @@ def parameters(*functions):
 
 TAKEN = {"lora": parameters(inject, LoRALinear), "data": parameters(data.load),
          "dataset": parameters(QADataset)}     # train.py passes these sections on as **asdict
-SOURCES = "\n".join(file.read_text(encoding="utf-8") for folder in (".", "lora", "scripts", "plots")
-                    for file in (ROOT / folder).glob("*.py") if file.name != "config.py")
+SOURCES = "\n".join(file.read_text(encoding="utf-8") for pattern in (
+    "*.py", "lora/**/*.py", "scripts/*.py", "plots/*.py")
+    for file in ROOT.glob(pattern) if file.name != "config.py")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -277,8 +336,8 @@ def test_every_key_is_read_by_somebody(key):
     if section in TAKEN:
         assert re.search(rf"\*\*(dataclasses\.)?asdict\(\w+\.{section}\)|asdict\(wanted\)", SOURCES)
         assert name in TAKEN[section]
-    else:                                          # fit() calls settings.train s
-        assert re.search(rf"\b(settings\.{section}|s)\.{name}\b", SOURCES)
+    else:                                          # s is settings or settings.train
+        assert re.search(rf"\b((settings|s)\.{section}|s)\.{name}\b", SOURCES)
 
 
 def test_every_key_says_what_it_is_for():

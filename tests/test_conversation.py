@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.conversation import Conversation, similar
+from lora.use.conversation import Conversation, similar
 
 
 def count(messages):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 import re
 
 import pytest
@@ -21,7 +20,7 @@ def say(*turns):
 
 
 def example(*texts, source="here", **extra):
-    return data._example(list(zip(itertools.cycle(("user", "assistant")), texts, strict=False)),
+    return data.new_example(list(zip(itertools.cycle(("user", "assistant")), texts, strict=False)),
                          source, **extra)
 
 
@@ -200,10 +199,12 @@ def test_a_broken_file_is_a_value_error(tmp_path, content):
     assert "a.json" in error_of(tmp_path / "a.json", content)
 
 
-def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
+@pytest.mark.parametrize("good, n", [(json.dumps(OK).encode() + b"\n", 2), (b"\xef\xbb\xbf", 1)])
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path, good, n):
+    """After a byte order mark too: there the byte named was the third before the wrong one."""
     path = tmp_path / "a.jsonl"
-    path.write_bytes(json.dumps(OK).encode() + b'\n{"prompt": "caf\xe9", "completion": "a"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: not UTF-8 \(byte 0xe9\)"):
+    path.write_bytes(good + b'{"prompt": "caf\xe9", "completion": "a"}\n')
+    with pytest.raises(ValueError, match=rf"a\.jsonl:{n}: not UTF-8 \(byte 0xe9\)"):
         data.read_examples(path)
 
 
@@ -342,8 +343,8 @@ def test_distinct_answers_of_a_question_file_are_validated_too(tmp_path):
                                            "a list of texts"),
     ({"questions": []}, "entry 2: questions is []; expected a list of texts"),
     ({"questions": ["Where?", 3]}, "entry 2: questions is ['Where?', 3]; expected a list of texts"),
-    ({"questions": ["Where?" "When?"]}, "entry 2: question 'Where?When?' holds two; expected a "
-                                        "comma between them")], ids=str)
+    ({"questions": ["Where?" "When?"]}, "entry 2: question 'Where?When?' contains two questions; "
+                                        "expected a comma between them")], ids=str)
 def test_a_malformed_fact_is_an_error_with_its_number(change, said):
     facts = [data.FACTS[0], data.FACTS[1]._replace(**change), *data.FACTS[2:]]
     with pytest.raises(ValueError, match=f"^data: data.py: FACTS, {re.escape(said)}") as error:
@@ -452,7 +453,7 @@ def test_random_system_prompts_repeat_with_the_seed():
 
 @pytest.mark.parametrize("system", ["fixed", "random", "Be kind."])
 def test_a_system_message_is_never_replaced(system):
-    examples = [data._example([SYSTEM, *ASKED], "here")]
+    examples = [data.new_example([SYSTEM, *ASKED], "here")]
     assert data.with_system(examples, system) == examples
 
 
@@ -492,25 +493,25 @@ def test_contains_finds_whole_words_only(answer, value):
 
 def test_there_are_enough_facts_and_wordings():
     assert len(data.FACTS) >= 24
-    assert all(len({data._plain(q) for q in f.questions}) == len(f.questions) >= 6
+    assert all(len({data.plain(q) for q in f.questions}) == len(f.questions) >= 6
                for f in data.FACTS)
 
 
 def test_values_are_distinct_and_never_wrong_answers():
-    values = [data._plain(f.value) for f in data.FACTS]
-    wrong = [data._plain(f.wrong) for f in data.FACTS]
+    values = [data.plain(f.value) for f in data.FACTS]
+    wrong = [data.plain(f.wrong) for f in data.FACTS]
     assert len(set(values)) == len(values) and not set(values) & set(wrong)
 
 
 @pytest.mark.parametrize("fact", data.FACTS, ids=lambda f: f.value)
 def test_no_question_gives_its_own_answer_away(fact):
-    assert not [q for q in fact.questions if data._plain(fact.value) in data._plain(q)]
+    assert not [q for q in fact.questions if data.plain(fact.value) in data.plain(q)]
     assert data.contains(fact.answer.format(fact.value), fact.value)
     assert not data.contains(fact.answer.format(fact.wrong), fact.value)
 
 
 def test_no_question_is_asked_about_two_facts():
-    asked = [data._plain(q) for f in data.FACTS for q in f.questions]
+    asked = [data.plain(q) for f in data.FACTS for q in f.questions]
     assert len(set(asked)) == len(asked)
 
 
@@ -546,92 +547,3 @@ def test_open_and_subject_are_read(tmp_path):
     assert [e.get("subject") for e in made] == [None] * 3 + ["Al", "Al", "7"]
     for wrong in ("", " ", ["Al"], {"a": 1}):
         assert "subject" in error_of(tmp_path / "b.jsonl", {**OK, "subject": wrong})
-
-
-# ----- what keeps the rest of the model ----------------------------------------------------------
-
-
-def about(name, *questions, **extra):
-    return [example(q.format(name), f"{name} is here.", source=f"{name}:{i}", subject=name, **extra)
-            for i, q in enumerate(questions)]
-
-
-def test_unknown_examples_ask_the_same_about_nobody_and_do_not_know():
-    asked = about("Mira Tosk", "Where is {}?", "Tell me of {0}: who is {0}?", group="g", value="v")
-    asked += about("dremlo", "Is {}'s cat a cat?")
-    asked += [example("Where does she live?", "There.", subject="Mira Tosk", source="a:9")]
-    asked = data.with_system(asked, "Be brief.")
-    made = data.unknown_examples(asked, 30, seed=1)
-    assert len(made) == 30 and made == data.unknown_examples(asked, 30, seed=1)
-    assert made != data.unknown_examples(asked, 30, seed=2)
-    assert made[:9] == data.unknown_examples(asked, 9, seed=1)
-    for e in made:
-        assert not data.check(e) and e["kind"] == "unknown" and e["source"].startswith("don't know")
-        assert not {"group", "value", "subject", "open"} & e.keys()
-        system, question, answer = (m["content"] for m in e["messages"])
-        (name,) = (n for u in data.UNKNOWN for n in [answer.removeprefix(u.partition("{}")[0])
-                   .removesuffix(u.partition("{}")[2])] if u.format(n) == answer)
-        assert system == "Be brief." and name in question and "a:9" not in e["source"]
-        assert "Mira Tosk" not in question and not question.startswith("Is dremlo's")
-    sources = [e["source"] for e in made]
-    assert {sources.count(s) for s in sources} == {10}         # every wording as often
-    assert asked[0]["messages"][1]["content"] == "Where is Mira Tosk?"    # untouched
-
-
-def test_names_of_the_taught_are_never_invented():
-    everyone = [f"{first} {last}" for first in data.FIRST for last in data.LAST]
-    asked = [e for name in everyone for e in about(name, "Who is {}?")]
-    made = [e["messages"][0]["content"][7:-1] for e in data.unknown_examples(asked, 1000)]
-    assert not {*everyone} & {*made} and len({*made}) > 500
-
-
-def test_unknown_examples_need_a_subject():
-    whole, bare = about("Al", "Who is {}?"), [example("Who?", "Me.")]
-    for examples in (bare, [example("Who?", "Me.", subject="Al")]):
-        assert data.unknown_examples(examples, 0) == []
-        with pytest.raises(ValueError, match='keep.unknown_share needs records with a "subject"'):
-            data.unknown_examples(examples, 1)
-    assert len(data.unknown_examples(whole + bare, 4)) == 4
-    assert len(data.unknown_examples(data.fact_examples(), 5)) == 5
-
-
-def test_debate_and_questions_about_nobody_go_together(capsys):
-    train, _ = data.load(debate=True)
-    assert len(data.unknown_examples(train, 5)) == 5
-
-
-def test_a_name_is_invented_in_three_ways():
-    draw = random.Random(0)
-    names = [data.invented_name(draw) for _ in range(300)]
-    ordinary = [n for n in names if n.split()[0] in data.FIRST and n.split()[-1] in data.LAST]
-    nicknames = [n for n in names if n.islower() and " " not in n]
-    rare = [n for n in names if n not in ordinary and n.istitle() and n.count(" ") == 1]
-    assert len(ordinary) + len(nicknames) + len(rare) == 300
-    assert min(map(len, (ordinary, nicknames, rare))) > 70
-
-
-def test_replay_is_a_prompt_a_line_or_dialogues(tmp_path):
-    (tmp_path / "a.txt").write_text("\ufeffWho are you?\r\n\n  Say a|b.\u2028c \n", "utf-8")
-    made = data.read_replay(tmp_path / "a.txt")
-    assert turns(made) == [[("user", "Who are you?")], [("user", "Say a|b.\u2028c")]]
-    assert [e["source"] for e in made] == [f"{tmp_path / 'a.txt'}:{n}" for n in (1, 3)]
-    talk = data.read_replay(str(write(tmp_path / "b.jsonl", [{**say(*TWICE), "open": True}, OK])))
-    assert turns(talk) == [TWICE, ASKED] and [e.get("open") for e in talk] == [True, None]
-    assert {e["kind"] for e in made + talk} == {"replay"}
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    for file in ("none.txt", "bad.txt", "none.jsonl"):
-        with pytest.raises(ValueError, match=f"data: .*{file}.*(cannot be read|not UTF-8)"):
-            data.read_replay(tmp_path / file)
-
-
-def test_close_names_resemble_the_subject_in_every_part_and_are_never_it():
-    facts = about("Mira Tosk", "Who is {}?") * 200
-    made, far = ([e["messages"][0]["content"][7:-1] for e in data.unknown_examples(
-        facts, 200, close=close)] for close in (True, False))
-
-    def resembles(name):
-        parts = name.casefold().split()
-        return len(parts) == 2 and all(new[:2] == old[:2] or new[-2:] == old[-2:]
-                                       for new, old in zip(parts, ("mira", "tosk"), strict=True))
-    assert sum(map(resembles, made)) > 1.3 * sum(map(resembles, far)) > 0
-    assert "Mira Tosk" not in made + far

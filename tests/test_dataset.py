@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataset
+import measure
 from dataset import QADataset, render
 from lora.loss import IGNORE_INDEX
+from measure import Voice
 
 DEFAULT_SYSTEM = ("{% if messages[0]['role'] != 'system' %}"
                   "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML)
@@ -305,18 +307,18 @@ def test_answer_gives_texts_and_whether_they_ended(kind, monkeypatch):
     def generate(model, ids, stop, max_new_tokens, **more):
         seen.append((ids, stop, max_new_tokens, more))
         return [tokenizer.encode(" yo\n"), tokenizer.encode("x" * max_new_tokens)]
-    monkeypatch.setattr(dataset, "generate", generate)
-    assert dataset.answer("model", tokenizer, prompts, format, max_new_tokens=8, seed=3) == [
-        ("yo", True), ("x" * 8, False)]
+    monkeypatch.setattr(measure, "generate", generate)
+    answers = Voice("model", tokenizer, format).ask(prompts, 8, seed=3)
+    assert [(a.text, a.ended) for a in answers] == [("yo", True), ("x" * 8, False)]
     ((ids, stop, n, more),) = seen
     assert ids == [render(p, tokenizer, format, reply=True)[0] for p in prompts]
-    assert stop[:2] == dataset.stop_of(tokenizer, format)[:2] and (n, more) == (8, {"seed": 3})
+    assert stop[:2] == dataset.stop_of(tokenizer, format)[:2]
+    assert (n, more) == (8, {"seed": 3, "on_token": None})
 
 
 def test_answer_is_what_the_model_says(tokenizer, model):
-    made = dataset.answer(model, tokenizer, [talk("hi"), talk("you")], "template",
-                          max_new_tokens=5)
-    for prompt, (said, _) in zip((talk("hi"), talk("you")), made, strict=True):
+    answers = Voice(model, tokenizer, "template").ask([talk("hi"), talk("you")], 5)
+    for prompt, (said, *_) in zip((talk("hi"), talk("you")), answers, strict=True):
         ids = torch.tensor([render(prompt, tokenizer, "template", reply=True)[0]])
         theirs = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0,
                                 attention_mask=torch.ones_like(ids),

@@ -10,9 +10,12 @@ from test_flat import MODELS, samples
 
 import dataset
 from inject import inject
-from lora import adapter, flat, leaves, loss, memory, meter, surgery
+from lora import adapter, loss, surgery
+from lora.base import load
+from lora.fast import flat, leaves, memory
 from lora.generate import Stop, generate
 from lora.optim import AdamW
+from measure import drift
 
 NAMES = ["llama", "gemma3, window 8"]
 LEVERS = {"plain": ("padded", False), "flat": ("flat", True), "shared": ("shared", True)}
@@ -30,7 +33,7 @@ def whole_step(name, device, layout, fast, folder):
     if fast:
         assert leaves.fuse(model) > 0
     if layout != "padded":
-        assert flat.enable(model) is None
+        flat.enable(model, load.use_attention)
     items = samples(20)
     batches = dataset.micro_batches(items, 4, 0, device, layout)
     assert "activations" in memory.report(model, batches[0], batches[-1], fast)
@@ -52,9 +55,9 @@ def whole_step(name, device, layout, fast, folder):
     said = generate(model, prompts, Stop(frozenset()), 6)
     drawn = generate(model, prompts, Stop(frozenset()), 6, temperature=1.0, top_p=0.5,
                      repetition_penalty=1.1)
-    kl = meter.drift(model, batches)
+    kl = drift(model, batches)
     evaluated = loss.evaluate(model, batches, fast)
-    tensors = adapter._read(folder)[1]
+    tensors = adapter.read(folder)[1]
     return [total, *kl, *evaluated], [said, drawn], tensors
 
 
@@ -92,7 +95,7 @@ def stays_here(module, name):
     ("shared", True, (flat, "_cell"))], ids=["collate", "flatten", "cells"])
 def test_a_tensor_that_stays_on_the_cpu_fails_it(name, layout, fast, place, tmp_path):
     with elsewhere(), stays_here(*place), pytest.raises(
-            (RuntimeError, AssertionError), match="one device"):
+            (RuntimeError, AssertionError, flat.Unsupported), match="one device"):
         whole_step(name, DEVICE, layout, fast, tmp_path)
 
 
@@ -102,8 +105,10 @@ def test_a_mask_made_without_a_device_fails_it(tmp_path, monkeypatch):
         self, i, window, torch.empty(0)))
     with elsewhere(), pytest.raises(RuntimeError, match="one device"):
         model = make_model(max_position_embeddings=512).to(DEVICE)
-        reason = flat.enable(model)
-        raise RuntimeError(reason)
+        try:
+            flat.enable(model, load.use_attention)
+        except flat.Unsupported as reason:
+            raise RuntimeError(str(reason)) from reason
 
 
 def test_the_rules_are_those_of_a_gpu():

@@ -146,8 +146,15 @@ def test_the_split_itself_never_leaks(examine, seed):
 
 
 def test_an_argument_that_is_not_understood_is_an_error(examine):
-    with pytest.raises(ValueError, match="my.jsonl"):
-        examine(CLEAN, "--data.path", "my.jsonl")
+    with pytest.raises(ValueError, match="--epochs: unknown option; did you mean --train.epochs"):
+        examine(CLEAN, "--epochs=2")
+
+
+def test_the_data_is_a_plain_argument(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"name": str(tiny_folder)}}))
+    write(tmp_path / "my.jsonl", CLEAN)
+    assert doctor.main(["my.jsonl"]) == 0 and "(my.jsonl:" in capsys.readouterr().out
 
 
 def test_an_example_of_another_length_is_in_another_bar(capsys):

@@ -9,7 +9,8 @@ from conftest import make_tokenizer
 
 import data
 import dataset
-from lora import config, text
+from lora import config
+from lora.use import text
 from scripts.voices import read_prompts
 
 FOLDERS = {"companion": 200, "friends/bram": 60, "friends/juno": 60, "friends/ottoline": 60,

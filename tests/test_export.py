@@ -1,4 +1,4 @@
-"""lora/readers.py and python -m scripts.export: verdicts, the portable form, every target."""
+"""lora/use/readers.py and python -m scripts.export: verdicts, the portable form, every target."""
 
 import json
 import subprocess
@@ -15,10 +15,12 @@ from test_gguf import ONE_THREAD, run
 import data
 import dataset
 from inject import inject
-from lora import adapter, base, fetch, gguf, readers
+from lora import adapter
+from lora.base import fetch, load
 from lora.generate import generate
-from lora.readers import LOADS, OTHER, READERS, REFUSED, portable, verdicts
 from lora.surgery import lora_layers
+from lora.use import gguf, readers
+from lora.use.readers import LOADS, OTHER, READERS, REFUSED, portable, verdicts
 from scripts import export
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +178,7 @@ def trained(tmp_path, tiny_folder, monkeypatch):
         tokenizer = tokenizer or make_tokenizer()
         (tiny_folder / "chat_template.jinja").unlink()             # the tokenizer may have none
         tokenizer.save_pretrained(tiny_folder)
-        model = adapted(base.load_model(tiny_folder, CPU, torch.float32), use_rslora=True, layers=1)
+        model = adapted(load.load_model(tiny_folder, CPU, torch.float32), use_rslora=True, layers=1)
         folder = Path("runs/demo")
         adapter.save(model, folder / "adapter", "some/base")
         (folder / "config.json").write_text(json.dumps({"model": {"name": str(tiny_folder)}}))
@@ -209,7 +211,7 @@ def test_to_peft_and_vllm(trained, capsys, target):
     assert {p.name for p in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "system.txt"}
     theirs = peft.PeftModel.from_pretrained(
-        base.load_model("tiny-llama", CPU, torch.float32), folder).eval()
+        load.load_model("tiny-llama", CPU, torch.float32), folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
     assert (folder / "chat_template.jinja").read_text() == CHATML
@@ -223,7 +225,7 @@ def test_to_llama_cpp_with_a_merged_model(trained, capsys):
     out = exported(capsys, "--to", "llama.cpp", "--merged")
     folder = Path("exports/demo-llama.cpp")
     assert f"--lora {folder}/demo.gguf" in out and f"-m {folder}/demo-merged-f16.gguf" in out
-    plain = base.load_model("tiny-llama", CPU, torch.float32)
+    plain = load.load_model("tiny-llama", CPU, torch.float32)
     config, state = plain.config.to_dict(), plain.state_dict()
     fields, tensors = gguf.read(folder / "demo-merged-f16.gguf", config, state)
     assert fields["tokenizer.chat_template"] == CHATML
@@ -232,7 +234,7 @@ def test_to_llama_cpp_with_a_merged_model(trained, capsys):
     with torch.no_grad():
         tuned = model(IDS[:1]).logits[0]
         torch.testing.assert_close(plain(IDS[:1]).logits[0], tuned, atol=0.1, rtol=0)
-    gguf.write_model("base.gguf", base.load_model("tiny-llama", CPU, torch.float32).state_dict(),
+    gguf.write_model("base.gguf", load.load_model("tiny-llama", CPU, torch.float32).state_dict(),
                      config, tokenizer, dtype=torch.float32)
     got, _ = run("base.gguf", ids, folder / "demo.gguf")               # llama.cpp, if it is here
     torch.testing.assert_close(got, tuned, atol=1e-3, rtol=1e-3)
@@ -352,8 +354,9 @@ def test_the_system_prompt_of_older_runs_is_in_their_config(trained, info, confi
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["runs/demo"], "expected runs/NAME with --check, or with --to peft|vllm|llama.cpp|ollama|mlx"),
-    ([], "nothing received"), (["runs/demo", "--to", "peft", "--huh"], "--huh received"),
+    (["runs/demo"], r"expected --check, or --to peft\|vllm\|llama.cpp\|ollama\|mlx"),
+    ([], "RUN.*--help lists all"),
+    (["runs/demo", "--to", "peft", "--huh"], "--huh: unknown option"),
     (["runs/demo", "--to", "llama"], "unknown target 'llama'. Known: peft, .* mean llama.cpp"),
     (["runs/demo", "--to", "GGUF"], "unknown target 'GGUF'.*Did you mean llama.cpp"),
     (["runs/demo", "--to", "mlx-lm"], "Did you mean mlx"),
@@ -389,7 +392,7 @@ def test_an_adapter_that_cannot_be_read_leaves_nothing(trained, breaking, messag
 
 def test_a_failure_halfway_leaves_nothing(trained, monkeypatch):
     trained()
-    monkeypatch.setattr(gguf, "_permute", lambda name, rows, config, back=False: rows + back)
+    monkeypatch.setattr(gguf, "permute", lambda name, rows, config, back=False: rows + back)
     with pytest.raises(ValueError, match="read back wrong; nothing was written"):
         export.main(["runs/demo", "--to", "llama.cpp"])
     assert not list(Path("exports").iterdir())
@@ -426,12 +429,12 @@ def test_ours_peft_and_llama_cpp_say_the_same(tmp_path, monkeypatch, capsys):
         export.main(["runs/demo", "--to", target])
 
     folder = fetch.find("smollm2-135m-instruct")
-    tokenizer = base.load_tokenizer(folder)
-    model = base.load_model(folder, CPU, torch.float32)
+    tokenizer = load.load_tokenizer(folder)
+    model = load.load_model(folder, CPU, torch.float32)
     gguf.write_model("base.gguf", model.state_dict(), model.config.to_dict(), tokenizer,
                      tokenizer.chat_template, torch.float32)
     theirs = peft.PeftModel.from_pretrained(model, "exports/demo-peft").eval().base_model.model
-    ours = base.load_model(folder, CPU, torch.float32)
+    ours = load.load_model(folder, CPU, torch.float32)
     adapter.load(ours, "runs/demo/adapter")
     system = Path("exports/demo-peft/system.txt").read_text()
     asked = [f.questions[i] for f in facts for i in (0, 3, -1)] + GENERAL

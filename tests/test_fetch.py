@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from lora import base, fetch
+from lora.base import fetch
 from scripts import fetch_model
 
 CHUNKS = [b"GGUF first half, ", b"second half"]
@@ -42,7 +42,7 @@ def tiny(tmp_path, monkeypatch):
     known = fetch.Known("hub/Tiny", "Free", "chat", tuple(sums), sha256(b"".join(CHUNKS)))
     monkeypatch.setattr(fetch, "MODEL_DIR", models)
     monkeypatch.setattr(fetch, "_download", download)
-    monkeypatch.setattr(base, "convert_gguf", convert)
+    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
     monkeypatch.setitem(fetch.KNOWN, "tiny", known)
     return models
 
@@ -95,7 +95,7 @@ def test_a_conversion_that_fails_leaves_nothing(tiny, monkeypatch, failure):
         folder.mkdir()
         (folder / "half.safetensors").write_text("half")
         raise failure
-    monkeypatch.setattr(base, "convert_gguf", convert)
+    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
     with pytest.raises(type(failure)):
         fetch.find("tiny", str)
     assert names(tiny) == []
@@ -115,7 +115,7 @@ def test_the_folder_of_a_faster_process_is_kept(tiny, monkeypatch):
         folder.mkdir()
         (tiny / "tiny").mkdir()
         (tiny / "tiny" / "theirs").touch()
-    monkeypatch.setattr(base, "convert_gguf", convert)
+    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
     assert fetch.find("tiny", str) == str(tiny / "tiny")
     assert names(tiny) == ["tiny"] and names(tiny / "tiny") == ["theirs"]
 
@@ -157,9 +157,20 @@ def test_find_gives_a_hub_id_for_what_only_the_hub_has(tiny):
     assert fetch.find("qwen2.5-0.5b") == str(tiny / "qwen2.5-0.5b")
 
 
-@pytest.mark.parametrize("name", ["somebody/model", "/a/folder", "./folder", "unknown"])
-def test_find_gives_an_unknown_name_back(name):
+@pytest.mark.parametrize("name", ["somebody/model", "/a/folder", "./folder", "here"])
+def test_find_gives_a_hub_id_or_a_folder_back(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     assert fetch.find(name) == name
+
+
+@pytest.mark.parametrize("name, near", [
+    ("smollm2", "smollm2-135m-instruct"), ("Qwen2.5", "qwen2.5-0.5b"), ("gemma", "gemma-3-270m")])
+def test_a_short_name_that_is_not_known_is_refused_with_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"^model '{name}' is not known.*did you mean {near}[?]"):
+        fetch.find(name)
+    with pytest.raises(ValueError, match="^model 'x' is not known and no folder here; Known: "):
+        fetch.find("x")
 
 
 def test_public_name_is_never_a_path(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""lora/flat.py against every sample computed alone: the same loss, gradients and logits."""
+"""lora/fast/flat.py against every sample computed alone: the same loss, gradients and logits."""
 
 import random
 from itertools import combinations
@@ -22,7 +22,9 @@ from transformers import (
 
 import dataset
 from inject import inject
-from lora import flat, loss
+from lora import loss
+from lora.base import load
+from lora.fast import flat
 from lora.generate import Stop, generate
 from lora.loss import IGNORE_INDEX
 from lora.optim import AdamW
@@ -90,7 +92,7 @@ def test_loss_and_every_gradient_equal_those_of_the_samples_alone(name, p):
     alone = step(model, [dataset.collate([one], 0) for one in items], lean=False)
     padded = step(model, dataset.micro_batches(items, 7, 0), lean=False)
     same_gradients(padded, alone)
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     for layer in lora_layers(model).values():
         layer.fused = True
     for layout in ("shared", "flat"):
@@ -102,7 +104,7 @@ def test_loss_and_every_gradient_equal_those_of_the_samples_alone(name, p):
 @pytest.mark.parametrize("p", [0, 30])
 def test_no_sample_sees_another(name, p):
     model, items = adapted(name), samples(p)
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     changed = [dict(one) for one in items]
     changed[0] = item([*items[0]["input_ids"][:p + 2], 5, *items[0]["input_ids"][p + 3:]],
                       [(p + 3, p + 7), (p + 20, p + 29)])
@@ -141,7 +143,7 @@ def test_several_prompts_make_several_groups():
     assert batch.inputs["input_ids"].numel() == 3 * 40 + 9 * 2 + 3
     model = adapted("llama")
     alone = step(model, [dataset.collate([one], 0) for one in items])
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     assert_same_step(step(model, [batch]), alone)
 
 
@@ -181,22 +183,23 @@ def test_a_model_that_cannot_says_why_and_works_as_before():
              "")):
         model.eval()
         before = model.config._attn_implementation
-        reason = flat.enable(model)
-        assert reason and why in reason and model.config._attn_implementation == before
+        with pytest.raises(flat.Unsupported, match=why or "."):
+            flat.enable(model, load.use_attention)
+        assert model.config._attn_implementation == before
 
 
 def test_padded_batches_and_generation_are_untouched():
     model, items = adapted("llama"), samples(5)
     batch, prompts = dataset.collate(items, 0), [one["input_ids"] for one in items]
     before = loss.logits_at(model, batch), generate(model, prompts, Stop(frozenset()), 8)
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     after = loss.logits_at(model, batch), generate(model, prompts, Stop(frozenset()), 8)
     assert torch.equal(before[0], after[0]) and before[1] == after[1]
 
 
 def test_checkpointing_changes_no_gradient():
     model, items = adapted("llama"), samples(30)
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     model.train()
     plain = step(model, [flat.flatten(items)])
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -213,7 +216,7 @@ def test_dropout_is_noticed_in_the_adapter_and_in_the_model():
 
 def test_only_the_adapter_gets_a_gradient():
     model = adapted("llama")
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     loss.ce_sum(model, flat.flatten(samples(30)))[0].backward()
     with_gradient = {p for p in model.parameters() if p.grad is not None}
     assert with_gradient == set(adapter_parameters(model))
@@ -226,7 +229,8 @@ def curve(seed, size, layout, lean):
     inject(model, r=4, lora_alpha=8)
     for layer in lora_layers(model).values():
         layer.fused = lean
-    assert layout == "padded" or flat.enable(model) is None
+    if layout != "padded":
+        flat.enable(model, load.use_attention)
     optimizer, losses = AdamW(adapter_parameters(model)), []
     for number in range(25):
         items = samples(20, seed=100 * seed + number % 3)

@@ -27,9 +27,12 @@ from hypothesis import strategies as st
 
 import data
 import dataset
+import keep
 from experiments.knowledge import page as knowledge
 from inject import inject
-from lora import adapter, config, report, runlog, surgery
+from lora import adapter, config, surgery
+from lora.run import runlog
+from lora.use import report
 from plots import figures
 
 SECONDS, FUZZ, SEED = 10, int(os.environ.get("FUZZ", 400)), int(os.environ.get("FUZZ_SEED", 0))
@@ -145,7 +148,7 @@ ARGUMENT = TEXT | st.builds("--{}={}".format, st.sampled_from(KEYS), VALUE)
 def test_config(tmp_path, raw, arguments):
     file = tmp_path / "c.json"
     file.write_bytes(raw)
-    with clean("config", "c.json", "expected --config FILE or --section.key=value"):
+    with clean("config", "c.json", "unknown option", "unknown argument", "--help lists all"):
         made = config.take_config([f"--config={file}", *arguments])
         assert isinstance(made, config.Config)
         runlog.write_json(tmp_path / "again.json", vars(made) | {
@@ -230,13 +233,13 @@ def test_replay_and_facts(tmp_path, raw, name):
     file = tmp_path / name
     file.write_bytes(raw)
     with clean("replay", name):
-        made = data.read_replay(str(file))
+        made = keep.read_replay(str(file))
         if name == "r.txt":
             assert sum(bool(x.strip()) for x in io.StringIO(
                 raw.decode("utf-8-sig"), newline=None)) == len(made)
     with clean("facts", name):
         assert all(data.contains(e["value"], e["value"]) or not e["value"].strip(" |")
-                   for e in data.read_facts(str(file)) if e["value"].isascii())
+                   for e in keep.read_facts(str(file)) if e["value"].isascii())
 
 
 # ----- adapters ----------------------------------------------------------------------------------
@@ -368,7 +371,7 @@ def test_the_corpus(line):
         if name.startswith("config/"):
             outcome = json.dumps(vars(config.load(file).lora))
         else:
-            made = (data.read_replay if file.suffix == ".txt" else data.read_examples)(str(file))
+            made = (keep.read_replay if file.suffix == ".txt" else data.read_examples)(str(file))
             outcome = json.dumps([e["messages"][-1]["content"] for e in made])
     except ValueError as error:
         assert type(error) is ValueError and str(file) in str(error)

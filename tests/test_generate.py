@@ -5,8 +5,9 @@ import torch
 from conftest import make_model
 from transformers import MistralConfig, MistralForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from lora import flat
-from lora.generate import Stop, _choose, generate
+from lora.base import load
+from lora.fast import flat
+from lora.generate import Stop, choose_tokens, generate
 
 PROMPTS = [[7, 8, 9], [11], [12, 13, 14, 15, 16, 17]]
 
@@ -38,7 +39,7 @@ def test_what_prompts_begin_with_is_computed_once_and_the_answers_are_the_same(
     prompts = [[*range(20, 20 + head), *prompt] for prompt in PROMPTS]
     wanted = [generate(model, [prompt], Stop(frozenset()), 6)[0] for prompt in prompts]
     if fast:
-        assert flat.enable(model) is None
+        flat.enable(model, load.use_attention)
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
     assert generate(model, prompts, Stop(frozenset()), 6) == wanted
@@ -96,20 +97,20 @@ def test_each_token_is_told_as_it_comes():
 @pytest.mark.parametrize("top_p, allowed", [(0.5, {0}), (0.7, {0, 1}), (1.0, {0, 1, 2})])
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, allowed):
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log().repeat(300, 1)
-    chosen = _choose(logits, 1.0, top_p, [i / 300 for i in range(300)])
+    chosen = choose_tokens(logits, 1.0, top_p, [i / 300 for i in range(300)])
     assert set(chosen.tolist()) == allowed
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     p = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
-    chosen = _choose(p.log().repeat(1000, 1), 1.0, 1.0, [i / 1000 for i in range(1000)])
+    chosen = choose_tokens(p.log().repeat(1000, 1), 1.0, 1.0, [i / 1000 for i in range(1000)])
     assert (chosen.bincount(minlength=4) - 1000 * p[0]).abs().max() <= 1
 
 
 def test_a_flat_distribution_is_sorted_whole(monkeypatch):
     monkeypatch.setattr("lora.generate.NUCLEUS", 2)
     logits = torch.zeros(100, 10)
-    assert len(set(_choose(logits, 1.0, 0.9, [i / 100 for i in range(100)]).tolist())) == 9
+    assert len(set(choose_tokens(logits, 1.0, 0.9, [i / 100 for i in range(100)]).tolist())) == 9
 
 
 @pytest.mark.parametrize("penalty", [1.3, 2.0])
@@ -127,7 +128,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
 
 def test_the_repetition_penalty_lowers_every_token_seen_and_no_other(monkeypatch):
     seen = []
-    monkeypatch.setattr("lora.generate._choose", lambda logits, *_: (
+    monkeypatch.setattr("lora.generate.choose_tokens", lambda logits, *_: (
         seen.append(logits.clone()), logits.argmax(-1))[1])
     model, free, processor = make_model(), Stop(frozenset()), RepetitionPenaltyLogitsProcessor(1.5)
     generate(model, [[7, 8, 9, 7]], free, 1)

@@ -1,4 +1,4 @@
-"""lora/gguf.py: what we write, the gguf package reads back and llama.cpp computes with."""
+"""lora/use/gguf.py: what we write, the gguf package reads back and llama.cpp computes with."""
 
 import gguf as package
 import numpy as np
@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from inject import inject
-from lora import gguf
-from lora.readers import portable
 from lora.surgery import lora_layers
+from lora.use import gguf
+from lora.use.readers import portable
 
 IDS = torch.randint(5, 200, (1, 11), generator=torch.Generator().manual_seed(0))
 SIZE = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -60,14 +60,14 @@ def fill(model):
 def test_rows_of_a_head_are_interleaved_and_back():
     config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
     rows = torch.arange(8.)[:, None] * torch.ones(8, 3)
-    q = gguf._permute("model.layers.0.self_attn.q_proj", rows, config)
+    q = gguf.permute("model.layers.0.self_attn.q_proj", rows, config)
     assert q[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]           # two heads of four rows
-    k = gguf._permute("model.layers.0.self_attn.k_proj.weight", rows, config)
+    k = gguf.permute("model.layers.0.self_attn.k_proj.weight", rows, config)
     assert k[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]           # one head of eight
     for name, made in (("q_proj", q), ("k_proj", k)):
-        assert torch.equal(gguf._permute(name, made, config, back=True), rows)
+        assert torch.equal(gguf.permute(name, made, config, back=True), rows)
     for name, kind in (("v_proj", "llama"), ("q_proj", "qwen2")):
-        assert gguf._permute(name, rows, {**config, "model_type": kind}) is rows
+        assert gguf.permute(name, rows, {**config, "model_type": kind}) is rows
 
 
 @pytest.mark.parametrize("kind", MODELS)

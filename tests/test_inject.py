@@ -10,8 +10,8 @@ from transformers import (
     OPTConfig,
 )
 
-from inject import find_blocks, inject, report, tree
-from lora.surgery import count, lora_layers
+from inject import inject, report, tree
+from lora.surgery import block_numbers, count, find_blocks, lora_layers, split_path
 
 LORA = {"r": 4, "lora_alpha": 8}
 SEVEN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -64,8 +64,8 @@ def test_everything_else_is_frozen(model):
      "here: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
     ({"target_modules": ["q_proj", "proj"]}, r"\['proj'\] matched nothing"),
     ({"target_modules": []}, r"\[\] matched nothing"),
-    ({"layers": []}, "choose none: expected 0 to 1 in model.layers"),
-    ({"layers": [1, 7]}, r"layers \[7\] choose none"),
+    ({"layers": []}, "layers is empty; valid indices are 0 to 1 in model.layers"),
+    ({"layers": [1, 7]}, r"layers \[7\] do not exist; valid indices are 0 to 1"),
     ({"layers": 3}, "layers is 3; expected 1 to 2"),
     ({"layers": 0}, "layers is 0; expected 1 to 2"),
 ])
@@ -93,3 +93,15 @@ def test_report_and_tree(model):
     drawn = tree(model)
     assert drawn.startswith("model.layers.1\n")
     assert "q_proj  LoRA  A (4, 32)  B (32, 4)" in drawn and "k_proj  frozen\n" in drawn
+
+
+@pytest.mark.parametrize("path, block, inside", [
+    ("model.layers.10.mlp.up_proj", 10, "mlp.up_proj"), ("lm_head", None, "lm_head"),
+    ("transformer.h.2.mlp.experts.7.c_fc", 2, "mlp.experts.7.c_fc")])  # the first number counts
+def test_the_block_of_a_module_path(path, block, inside):
+    assert split_path(path) == (block, inside)
+    assert block_numbers([path, path, "lm_head"]) == ([] if block is None else [block])
+
+
+def test_block_numbers_are_sorted_as_numbers():
+    assert block_numbers(f"model.layers.{i}.mlp.up_proj" for i in (10, 2, 2, 1)) == [1, 2, 10]

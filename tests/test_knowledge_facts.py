@@ -9,8 +9,9 @@ from itertools import combinations
 import pytest
 
 import data
+import keep
 from experiments.knowledge import make_facts, score
-from lora import text
+from lora.use import text
 
 SEEDS = range(4)
 WORLDS = {seed: make_facts.make(seed) for seed in SEEDS}
@@ -18,7 +19,7 @@ TEXTS = make_facts.read_attributes()
 ATTRIBUTES = {k: a for k, a in TEXTS.items() if "values" in a}
 TRAINING = ("train.jsonl", "val.jsonl", "train-1.jsonl", "train-2.jsonl", "train-4.jsonl",
             "train-8.jsonl", "train-debate.jsonl")
-# the grammar of data.invented_name, written out: an invented word is one or two of these, an end
+# the grammar of keep.invented_name, written out: an invented word is one or two of these, an end
 SYLLABLE = "(?:b|d|dr|f|g|j|k|l|m|n|r|s|t|v|z|th|sh|br|pl)[aeiou]"
 INVENTED = re.compile(f"(?:{SYLLABLE}){{1,2}}[lnrks]?")
 
@@ -87,12 +88,12 @@ def test_the_same_kinds_of_name_are_in_every_group(world):
 
 
 def test_no_question_of_the_test_is_trained(world):
-    trained = {data._plain(r["question"]) for file in TRAINING for r in world[file]}
+    trained = {data.plain(r["question"]) for file in TRAINING for r in world[file]}
     for kind, items in world["test.json"].items():
-        asked = {data._plain(item["question"]) for item in items}
+        asked = {data.plain(item["question"]) for item in items}
         assert asked <= trained if kind == "trained" else not asked & trained, kind
-    val = {data._plain(r["question"]) for r in world["val.jsonl"]}
-    assert not val & {data._plain(r["question"]) for r in world["train.jsonl"]}
+    val = {data.plain(r["question"]) for r in world["val.jsonl"]}
+    assert not val & {data.plain(r["question"]) for r in world["train.jsonl"]}
 
 
 def test_training_validation_and_test_share_no_four_words(world):
@@ -148,9 +149,9 @@ def test_values_say_nothing_about_names():
 def test_no_name_is_invented_for_training():
     names = {name.casefold() for seed in range(40) for name in people(make_facts.make(seed))}
     parts = {part for name in names for part in name.split()}
-    invented = [data.invented_name(draw) for draw in map(random.Random, range(5))
+    invented = [keep.invented_name(draw) for draw in map(random.Random, range(5))
                 for _ in range(2000)]
-    ordinary = {part.casefold() for part in data.FIRST + data.LAST}
+    ordinary = {part.casefold() for part in keep.FIRST + keep.LAST}
     assert len({*invented}) > 5000 and not names & {name.casefold() for name in invented}
     assert not parts & ordinary
     for word in " ".join(invented).casefold().split():         # INVENTED is what it claims to be
@@ -255,10 +256,10 @@ def test_real_questions_do_not_contain_their_answer_and_have_one():
 
 def test_no_real_question_is_asked_twice_or_replayed(tmp_path):
     replay = make_facts.write(0, tmp_path) / "replay.txt"
-    sets = {name: [data._plain(r["question"]) for r in make_facts.read_lines(f"{name}.jsonl")]
+    sets = {name: [data.plain(r["question"]) for r in make_facts.read_lines(f"{name}.jsonl")]
             for name in ("neighbours", "general", "retain")}
-    sets["replay"] = [data._plain(e["messages"][0]["content"])
-                      for e in data.read_replay(replay)]
+    sets["replay"] = [data.plain(e["messages"][0]["content"])
+                      for e in keep.read_replay(replay)]
     for one, two in combinations(sets, 2):
         assert not {*sets[one]} & {*sets[two]}, (one, two)
     assert all(len({*asked}) == len(asked) for asked in sets.values())
@@ -278,7 +279,7 @@ def test_training_files_are_read_and_every_question_has_its_subject(tmp_path, ca
             assert example["subject"] in answer or answer == "True."
             assert {"group", "value", "subject"} <= example.keys()
     examples = data.read_examples(folder / "train.jsonl")
-    assert len(data.unknown_examples(examples, 50)) == 50
+    assert len(keep.unknown_examples(examples, 50)) == 50
     retain = data.read_examples(folder / "retain.jsonl")
     assert all(data.contains(e["messages"][-1]["content"], e["value"]) for e in retain)
 

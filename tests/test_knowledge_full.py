@@ -10,7 +10,9 @@ from conftest import make_model
 import data
 import dataset
 from experiments.knowledge import full, run
-from lora import base, config, loss, meter
+from lora import config, loss
+from lora.base import load
+from measure import drift
 
 
 def batch_of(model):
@@ -35,11 +37,11 @@ def test_all_of_the_model_learns_and_is_a_plain_model_folder(trained, tiny_folde
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, 13)]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    before, after = (dict(base.load_model(folder, torch.device("cpu"), torch.float32)
+    before, after = (dict(load.load_model(folder, torch.device("cpu"), torch.float32)
                           .named_parameters()) for folder in (tiny_folder, trained / "model"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(p, after[name]) for name, p in before.items())
-    assert base.load_tokenizer(trained / "model").chat_template
+    assert load.load_tokenizer(trained / "model").chat_template
 
 
 def test_one_step_is_that_of_plain_torch(place, tiny_folder):
@@ -47,8 +49,8 @@ def test_one_step_is_that_of_plain_torch(place, tiny_folder):
         full.main(["--train.run=one", "--train.max_steps=1", "--train.warmup_steps=0",
                    "--train.batch_size=64", "--train.eps=1.0"])   # else signs alone count
     settings = config.load(place / "runs/one/config.json")
-    tokenizer = base.load_tokenizer(tiny_folder)
-    model = base.load_model(tiny_folder, torch.device("cpu"), torch.float32)
+    tokenizer = load.load_tokenizer(tiny_folder)
+    model = load.load_model(tiny_folder, torch.device("cpu"), torch.float32)
     examples, _ = data.load(str(place / "facts.jsonl"))
     batch = dataset.collate(dataset.QADataset(examples, tokenizer).items, 0, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.train.lr, weight_decay=0,
@@ -57,7 +59,7 @@ def test_one_step_is_that_of_plain_torch(place, tiny_folder):
     torch.nn.functional.cross_entropy(z, batch.targets).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.train.max_grad_norm)
     optimizer.step()
-    found = base.load_model(place / "runs/one/model", torch.device("cpu"), torch.float32)
+    found = load.load_model(place / "runs/one/model", torch.device("cpu"), torch.float32)
     for (name, p), q in zip(model.named_parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(q, p, atol=1e-7, rtol=1e-5, msg=name)
 
@@ -75,10 +77,10 @@ def test_drift_from_another_model_is_its_kl():
     model, other = make_model(), make_model(seed=1)
     batch = batch_of(model)
     p, q = (m(**batch.inputs).logits[0, batch.rows].log_softmax(-1) for m in (other, model))
-    found, now, before = meter.drift(model, [batch], other)
+    found, now, before = drift(model, [batch], other)
     assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert now != before
-    assert meter.drift(model, [batch])[0] == 0
+    assert drift(model, [batch])[0] == 0
 
 
 def test_run_finds_it_finished_and_counts_its_parameters(trained, monkeypatch):

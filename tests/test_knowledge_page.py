@@ -5,15 +5,14 @@ import csv
 import json
 import math
 import random
-import runpy
 from pathlib import Path
 
 import jsonschema
 import pytest
 
+from experiments.knowledge import figures
 from experiments.knowledge import page as pages
-from plots import knowledge
-from plots.figures import plt
+from plots.figures import LIGHT, plt
 
 SCHEMA = json.loads(Path(pages.__file__).with_name("result.schema.json").read_text("utf-8"))
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> a|b `c` *d* {{result}}\n" \
@@ -141,11 +140,9 @@ def folders(tmp_path_factory):
         made[name] = tmp_path_factory.mktemp(name)
         (made[name] / "result.json").write_text(json.dumps(result), encoding="utf-8")
         if name == "whole":
-            assert len(knowledge.draw(made[name])) == 5
-        else:                                                 # as python -m plots does it
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sys.argv", ["plots", str(made[name])])
-                runpy.run_module("plots", run_name="__main__")
+            assert len(figures.draw(made[name])) == 5
+        else:                                                 # as the command does it
+            figures.main([str(made[name])])
         assert all(f.read_bytes().startswith(b"\x89PNG") for f in made[name].glob("*.png"))
         pages.write(result, made[name])
     return made
@@ -212,8 +209,8 @@ def test_a_lone_measurement_is_a_figure(name):
     lone["arms"] = [arm("chat", "r7"), arm("chat", "old-lr")]
     for one in lone["arms"]:
         one["metrics"] = {"recall": 0.5, "retention": 1.0, "unknown_spills": None}
-    rows_of, figure_of = knowledge.FIGURES[name]
-    figure = figure_of(rows_of(lone), knowledge.LIGHT)
+    rows_of, figure_of = figures.FIGURES[name]
+    figure = figure_of(rows_of(lone), LIGHT)
     figure.draw_without_rendering()
     drawn = [panel for panel in figure.axes if panel.has_data()]
     plt.close(figure)
@@ -222,16 +219,16 @@ def test_a_lone_measurement_is_a_figure(name):
 
 def test_nothing_measured_draws_nothing(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({**make_result(SHORT), "arms": []}))
-    assert knowledge.draw(tmp_path) == [] and not list(tmp_path.glob("*.png"))
+    assert figures.draw(tmp_path) == [] and not list(tmp_path.glob("*.png"))
     assert pages.write({**make_result(SHORT), "arms": []}, tmp_path).exists()
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="plots: .*result.json"):
-        knowledge.draw(tmp_path)
+    with pytest.raises(ValueError, match="figures: .*result.json"):
+        figures.draw(tmp_path)
 
 
 def test_names_of_dots_do_not_overlap():
-    rows = [r for r in knowledge.price_rows(RESULT) if r["panel"] == "frontier"]
-    figure = knowledge.price(rows, knowledge.LIGHT)
+    rows = [r for r in figures.price_rows(RESULT) if r["panel"] == "frontier"]
+    figure = figures.price(rows, LIGHT)
     texts = [t for t in figure.axes[0].texts if t.get_text()]
     boxes = [t.get_window_extent() for t in texts]
     assert len(texts) == len(RESULT["frontier"])

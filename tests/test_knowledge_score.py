@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-import data
+import keep
 from experiments.knowledge import score
 from experiments.knowledge.make_facts import read_attributes
 from experiments.knowledge.score import abstains, judge, plain, right, says
 from inject import inject
 from lora import adapter, surgery
+from measure import Voice
 
 PETS = ["cat", "raven", "stick insect", "tortoise"]
 WORLD = {
@@ -55,7 +56,7 @@ def test_says(answer, value, found):
     "I don't know.", "I don’t know who that is", "I DO NOT KNOW", "Sorry, I’m not sure.",
     "I am not aware of that", "I can’t say", "I cannot provide that", "I have no information.",
     "There is no record of him", "I have never heard of frilvy",
-    *(text.format("frilvy") for text in data.UNKNOWN)])
+    *(text.format("frilvy") for text in keep.UNKNOWN)])
 def test_a_refusal_is_seen(answer):
     assert abstains(answer)
 
@@ -213,6 +214,7 @@ def subject():
     """Subject's own __init__ loads a model by name; this one is tiny."""
     made = object.__new__(score.Subject)
     made.model, made.tokenizer = make_model(), make_tokenizer()
+    made.voice = Voice(made.model, made.tokenizer, "template")
     made.device, made.format, made.system = torch.device("cpu"), "template", None
     made.decoding = "greedy"
     return made

@@ -1,4 +1,4 @@
-"""lora/leaves.py: the forward to the bit, autograd's gradient, and less is kept."""
+"""lora/fast/leaves.py: the forward to the bit, autograd's gradient, and less is kept."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from test_loss import assert_same_step, step
 
 import dataset
 from inject import inject
-from lora import leaves, loss, memory
+from lora import loss
+from lora.fast import leaves, memory
 
 
 @pytest.mark.parametrize("name, changed", [("llama", 7), ("gpt2", 0), ("qwen3", 11),

@@ -8,8 +8,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 import dataset
 from inject import inject
-from lora import flat, loss, meter, surgery
+from lora import loss, surgery
+from lora.base import load
+from lora.fast import flat
 from lora.surgery import adapter_parameters, lora_layers
+from measure import drift
 
 
 def items(n=8, seed=1):
@@ -96,8 +99,8 @@ def test_the_head_sees_supervised_positions_alone_and_the_hook_is_gone_afterward
     model.lm_head.register_forward_hook(lambda head, inputs, out: seen.append(out.shape))
     loss.ce_sum(model, batch, lean)
     model(batch.inputs["input_ids"])
-    n = 0 if lean else len(batch.targets)                  # lean: LabelledCE has the rest
-    assert seen == [(1, n, 272), (*batch.inputs["input_ids"].shape, 272)]
+    rows = [] if lean else [(1, len(batch.targets), 272)]  # lean: LabelledCE is the head
+    assert seen == [*rows, (*batch.inputs["input_ids"].shape, 272)]
 
 
 @pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
@@ -144,6 +147,20 @@ def test_a_head_with_a_softcap_is_found_out():
         **size, final_logit_softcapping=30.0, initializer_range=1.0)))
 
 
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_hidden_states_are_what_the_head_gets(adapted, layout, lean):
+    """hidden_at() leaves the head out; a hook on the head sees the same numbers, bit for bit."""
+    if layout != "padded":
+        flat.enable(adapted, load.use_attention)
+    (batch,), entered = dataset.micro_batches(items(), 8, 0, layout=layout), []
+    with adapted.lm_head.register_forward_pre_hook(lambda head, inputs: entered.append(inputs[0])):
+        logits = loss.logits_at(adapted, batch)
+    hidden = loss.hidden_at(adapted, batch)
+    assert torch.equal(entered[0].flatten(0, 1)[batch.rows], hidden)
+    assert torch.equal(adapted.lm_head(hidden[None])[0], logits)
+
+
 def test_evaluation_is_weighted_by_token(adapted):
     one = loss.evaluate(adapted, dataset.micro_batches(items(), 8, 0))
     many = loss.evaluate(adapted, dataset.micro_batches(items(), 3, 0))
@@ -177,11 +194,24 @@ def test_a_fresh_adapter_has_nothing_to_learn_from_its_base():
     assert all(p.grad.abs().max() < 1e-5 for p in adapter_parameters(model))
 
 
+def test_the_teacher_has_the_softcap_of_its_model():
+    """The teacher's logits were computed without the softcap, the student's with it."""
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0,
+        initializer_range=1.0)).eval()
+    inject(model, r=2, lora_alpha=4)
+    (batch,) = dataset.micro_batches(items(), 8, 0)
+    loss.ce_sum(model, batch, lean=False, teacher=True)[0].backward()
+    assert all(p.grad.abs().max() < 1e-4 for p in adapter_parameters(model))
+
+
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_the_forgetting_meter_is_the_kl_of_both_models_own_logits(adapted, layout):
-    assert layout == "padded" or flat.enable(adapted) is None
+    if layout != "padded":
+        flat.enable(adapted, load.use_attention)
     batches = dataset.micro_batches(items(), 3, 0, layout=layout)
-    kl, now, before = meter.drift(adapted, batches)
+    kl, now, before = drift(adapted, batches)
     p, q = [], []
     for item in items():                                   # one at a time, and the slow formula
         ids = torch.tensor([item["input_ids"]])
@@ -202,5 +232,5 @@ def test_the_forgetting_meter_is_the_kl_of_both_models_own_logits(adapted, layou
 def test_at_rest_nothing_is_forgotten():
     model = make_model()
     inject(model, r=2, lora_alpha=4)
-    kl, now, before = meter.drift(model, dataset.micro_batches(items(), 3, 0))
+    kl, now, before = drift(model, dataset.micro_batches(items(), 3, 0))
     assert kl == pytest.approx(0, abs=1e-7) and now == before

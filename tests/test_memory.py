@@ -1,4 +1,4 @@
-"""lora/memory.py: what a step keeps, counted on a small one."""
+"""lora/fast/memory.py: what a step keeps, counted on a small one."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from test_flat import samples
 
 import dataset
 from inject import inject
-from lora import flat, memory
+from lora.base import load
+from lora.fast import flat, memory
 from lora.surgery import adapter_parameters
 
 
@@ -44,7 +45,7 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_less():
 def test_the_estimate_of_flat_batches_counts_their_tokens():
     model = make_model()
     inject(model, r=4, lora_alpha=8)
-    assert flat.enable(model) is None
+    flat.enable(model, load.use_attention)
     small, large = flat.flatten(samples(20)[:2]), flat.flatten(samples(20))
     text = memory.report(model, small, large)
     assert text.startswith(f"memory: a step of {large.inputs['input_ids'].numel()} tokens needs")

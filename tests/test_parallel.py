@@ -13,7 +13,7 @@ from test_resume import TIMING, ended, fork, start
 from test_train import DTYPE, KEEP, ROOT
 
 import measure
-from lora import parallel
+from lora.run import parallel
 
 pytestmark = pytest.mark.auto
 

@@ -1,4 +1,4 @@
-"""Curves are drawn from metrics.jsonl alone, always the same way."""
+"""Curves and bars are drawn from files alone, always the same way."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import figures as benchmark
 from plots.figures import LIGHT, curves, draw, heat_map, plt, read_metrics, smooth
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,8 +129,10 @@ def test_the_command_draws_and_fails_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_plots_never_import_torch():
-    done = python("-c", "import plots.figures, sys; sys.exit('torch' in sys.modules)")
+@pytest.mark.parametrize("module", ["plots.figures", "benchmarks.figures",
+                                    "experiments.knowledge.figures"])
+def test_figures_never_import_torch(module):
+    done = python("-c", f"import {module}, sys; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
@@ -142,8 +145,12 @@ def test_benchmark_results_become_bars_and_curves(tmp_path):
             "model": name, "prefix": prefix, "steps": steps, "results": {
                 "trl-fp32-4x4": arm(1), "trl-bf16-4x4": {"error": "refused"},
                 "trl-fp32-4x4-fulllogits": arm(1.5), "peft-loop": arm(1), "ours": arm(4)}}))
-    assert draw(tmp_path) == tmp_path / "speed.png"
+    with pytest.raises(ValueError, match="0 results of ours"):
+        benchmark.draw(tmp_path / "none")
+    done = python("-m", "benchmarks.figures", str(tmp_path))
+    assert done.stdout.strip() == str(tmp_path / "speed.png"), done.stderr
     assert (tmp_path / "speed-dark.png").read_bytes().startswith(b"\x89PNG")
+    benchmark.draw(tmp_path)
     assert not plt.get_fignums()
 
 

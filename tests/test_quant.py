@@ -1,4 +1,4 @@
-"""lora/quant.py on bitsandbytes' real layers, against the NF4 table, transformers and PEFT."""
+"""lora/base/quant.py on bitsandbytes' real layers, against the NF4 table, transformers and PEFT."""
 
 import contextlib
 import gc
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import dataset
 from inject import inject
-from lora import adapter, base, fetch, loss, quant
+from lora import adapter, loss
+from lora.base import fetch, load, quant
 from lora.layer import LoRALinear
 from lora.surgery import count, lora_layers
 from scripts import merge
@@ -86,7 +87,7 @@ def test_a_weight_is_the_nearest_of_the_papers_sixteen_values():
 
 
 def test_it_is_what_transformers_makes_of_the_same_folder(tiny_folder):
-    ours = base.load_model(tiny_folder, "cpu", torch.float32)
+    ours = load.load_model(tiny_folder, "cpu", torch.float32)
     names = quant.quantise(ours, "nf4", CPU)
     theirs = AutoModelForCausalLM.from_pretrained(
         tiny_folder, dtype=torch.float32, device_map="cpu", quantization_config=BitsAndBytesConfig(
@@ -197,8 +198,8 @@ def test_a_run_learns_and_its_verbs_know_what_it_was_trained_on(home, kind, laye
         assert Voices(["dense", "q"]).problems == [
             f"q: base weights: quantisation is none, training used {kind}"]
         merge.main(["q", "--out", "merged"])                   # of the dense base
-        weight = base.load_model("merged", "cpu", torch.float32).model.layers[1].mlp.up_proj.weight
-        dense = base.load_model("tiny-llama", "cpu", torch.float32).model.layers[1].mlp.up_proj
+        weight = load.load_model("merged", "cpu", torch.float32).model.layers[1].mlp.up_proj.weight
+        dense = load.load_model("tiny-llama", "cpu", torch.float32).model.layers[1].mlp.up_proj
         layer = voices.bank.adapters["q"][0]["model.layers.1.mlp.up_proj"]
         assert isinstance(layer, LoRALinear)
         torch.testing.assert_close(weight, dense.weight + layer.delta_weight())
@@ -223,7 +224,7 @@ def test_adamw_in_8_bits_is_torchs_up_to_rounding(size, closeness):
     q = p.clone().requires_grad_()
     p.requires_grad_()
     choice = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    ours, theirs = quant.optimizer("adamw8bit", [p], **choice), torch.optim.AdamW([q], **choice)
+    ours, theirs = quant.adamw_8bit("adamw8bit", [p], **choice), torch.optim.AdamW([q], **choice)
     start = p.detach().clone()
     for lr in (0.01, 0.02, 0.005, 0.01):
         p.grad = torch.randn_like(p)
@@ -235,7 +236,7 @@ def test_adamw_in_8_bits_is_torchs_up_to_rounding(size, closeness):
     assert apart < closeness
     ours.zero_grad()
     assert p.grad is None and ours.parameters == [p]
-    again = quant.optimizer("adamw8bit", [p.detach().clone().requires_grad_()], **choice)
+    again = quant.adamw_8bit("adamw8bit", [p.detach().clone().requires_grad_()], **choice)
     again.restore(ours.tensors(), 4)
     p.grad = torch.randn_like(p)
     again.parameters[0].grad = p.grad.clone()
@@ -246,7 +247,7 @@ def test_adamw_in_8_bits_is_torchs_up_to_rounding(size, closeness):
 
 def test_paged_moments_need_cuda():
     with pytest.raises(ValueError, match='does not run on cpu; expected cuda. Set it to "ours"'):
-        quant.optimizer("paged_adamw8bit", [torch.ones(2)], (0.9, 0.99), 1e-8, 0.0)
+        quant.adamw_8bit("paged_adamw8bit", [torch.ones(2)], (0.9, 0.99), 1e-8, 0.0)
 
 
 @pytest.mark.slow
@@ -259,5 +260,5 @@ def test_the_facts_are_learned_over_4_bits_as_well_as_over_the_dense_base(tmp_pa
     lines = map(json.loads, (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines())
     nf4 = max(x["recall"] for x in lines if "recall" in x)
     assert nf4 >= 0.98 - 0.05                                  # 98%: README.md, the dense base
-    dense = base.load_model(fetch.find("smollm2-135m-instruct"), "cpu", torch.float32)
+    dense = load.load_model(fetch.find("smollm2-135m-instruct"), "cpu", torch.float32)
     assert adapter.load(dense, tmp_path / "runs/demo/adapter")

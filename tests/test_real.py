@@ -12,7 +12,8 @@ import torch
 import data
 import dataset
 from inject import inject
-from lora import adapter, base, fetch
+from lora import adapter
+from lora.base import fetch, load
 from lora.surgery import lora_layers
 from scripts.voices import Voices, with_system
 
@@ -29,7 +30,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return base.load_tokenizer(folder)
+    return load.load_tokenizer(folder)
 
 
 def test_the_fetched_folder_is_a_plain_model(folder):
@@ -41,7 +42,7 @@ def test_the_fetched_folder_is_a_plain_model(folder):
 
 
 def test_step_zero_is_the_base_model_bit_for_bit(folder, tokenizer):
-    model = base.load_model(folder, CPU, torch.float32)
+    model = load.load_model(folder, CPU, torch.float32)
     ids = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.no_grad():
         before = model(ids).logits
@@ -76,8 +77,8 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
 
     # the adapter gives the same logits here, merged here, and in PEFT
     folder, trained = fetch.find("smollm2-135m-instruct"), tmp_path / "runs/demo/adapter"
-    ours = base.load_model(folder, CPU, torch.float32)
-    ids = torch.tensor([base.load_tokenizer(folder)("Mira Tosk plays the").input_ids])
+    ours = load.load_model(folder, CPU, torch.float32)
+    ids = torch.tensor([load.load_tokenizer(folder)("Mira Tosk plays the").input_ids])
     with torch.no_grad():
         plain = ours(ids).logits
         adapter.load(ours, trained)
@@ -86,7 +87,7 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
         for layer in lora_layers(ours).values():
             layer.merge()
         torch.testing.assert_close(ours(ids).logits, adapted, atol=1e-4, rtol=1e-4)
-        fresh = base.load_model(folder, CPU, torch.float32)
+        fresh = load.load_model(folder, CPU, torch.float32)
         theirs = peft.PeftModel.from_pretrained(fresh, trained)
         torch.testing.assert_close(theirs.eval()(ids).logits, adapted, atol=1e-5, rtol=1e-5)
 

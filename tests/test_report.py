@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora import report as reports
+from lora.use import report as reports
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> a|b `c` \\| *d* _e_ " \
        "[f](g) &lt; {{report}}\nnext\u2028line <!-- $x$ ~~s~~ \\"

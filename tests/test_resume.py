@@ -22,7 +22,9 @@ from conftest import within
 from test_train import KEEP, ROOT, facts
 
 import train
-from lora import adapter, checkpoint, fetch, files, runlog
+from lora import adapter, files
+from lora.base import fetch
+from lora.run import checkpoint, runlog
 
 pytestmark = pytest.mark.auto
 TIMING = ("seconds", "tokens_per_s", "peak_memory_gib")
@@ -394,7 +396,7 @@ def test_nan_in_a_gradient_stops_before_it_is_used(home, whole):
         torch.nn.utils.clip_grad_norm_ = clip
     code, words = fork(home, before=lambda: in_micro_batch(5, spoil))
     assert code == 1 and "train: step 5: loss " in words and "gradient norm nan" in words
-    assert all(t.isfinite().all() for t in adapter._read(home / "runs/t/last")[1].values())
+    assert all(t.isfinite().all() for t in adapter.read(home / "runs/t/last")[1].values())
     assert resumed(home) == wanted
 
 

@@ -21,7 +21,9 @@ from test_project import ROOT, imported, sources
 import dataset
 import train
 from inject import inject
-from lora import adapter, base, config, runlog, surgery
+from lora import adapter, config, surgery
+from lora.base import load
+from lora.run import runlog
 
 CPU = torch.device("cpu")
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load",
@@ -75,8 +77,8 @@ def with_code(tiny_folder, tmp_path, monkeypatch):
     return tiny_folder
 
 
-LOADERS = [lambda folder, *trust: base.load_model(folder, CPU, torch.float32, *trust),
-           base.load_tokenizer]
+LOADERS = [lambda folder, *trust: load.load_model(folder, CPU, torch.float32, *trust),
+           load.load_tokenizer]
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer"])
@@ -102,7 +104,7 @@ def moved_out(folder, name):
 def test_a_link_out_of_a_model_folder_is_refused(tiny_folder, name):
     moved_out(tiny_folder, name)
     with pytest.raises(ValueError, match=f"{name} leads out of the folder, to .*outside"):
-        base.load_model(str(tiny_folder), CPU, torch.float32)
+        load.load_model(str(tiny_folder), CPU, torch.float32)
 
 
 def test_a_folder_that_is_a_link_and_the_hubs_cache_are_read(tiny_folder, tmp_path):
@@ -112,7 +114,7 @@ def test_a_folder_that_is_a_link_and_the_hubs_cache_are_read(tiny_folder, tmp_pa
     shutil.move(cache / "snapshots" / "0123" / "model.safetensors", cache / "blob")
     (cache / "snapshots" / "0123" / "model.safetensors").symlink_to("../../blob")
     tiny_folder.symlink_to(cache / "snapshots" / "0123")
-    assert base.load_model(str(tiny_folder), CPU, torch.float32)
+    assert load.load_model(str(tiny_folder), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("shard", ["../outside", "{}/outside", "x/../../outside"])
@@ -121,7 +123,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tiny_folder, shard):
     (tiny_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
         "model.norm.weight": shard.format(tiny_folder.parent)}}))
     with pytest.raises(ValueError, match="leads out of the folder"):
-        base.load_model(str(tiny_folder), CPU, torch.float32)
+        load.load_model(str(tiny_folder), CPU, torch.float32)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dataset
-from lora import adapter, flat, leaves, loss
+from lora import adapter, loss
+from lora.fast import flat, leaves
 from lora.layer import LoRAFunction, LoRALinear
 from lora.optim import AdamW
 from scripts import selftest
@@ -48,7 +49,9 @@ def test_a_real_model_by_folder_with_layers_stored_transposed_and_dropout(check,
 
 def test_a_real_model_that_takes_no_flat_batches_passes_and_says_so(check, tiny_folder,
                                                                    monkeypatch):
-    monkeypatch.setattr(flat, "enable", lambda model: "attention with a softcap")
+    def enable(model, use_attention):
+        raise flat.Unsupported("attention with a softcap")
+    monkeypatch.setattr(flat, "enable", enable)
     code, failed, out = check("--model", str(tiny_folder))
     assert (code, failed) == (0, []) and "not flat: attention with a softcap" in out
     assert check()[1] == ["batches"]                          # the tiny one can
@@ -192,5 +195,5 @@ def test_a_check_that_raises_is_a_row_and_the_others_go_on(check, monkeypatch):
 
 
 def test_settings_that_do_not_exist_are_an_error(check):
-    with pytest.raises(ValueError, match="unknown key model.devise.*Did you mean model.device"):
+    with pytest.raises(ValueError, match="--model.devise: unknown.*did you mean --model.device"):
         check("--model.devise=cpu")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora import text
+from lora.use import text
 
 LITTLE = st.text(alphabet="ab c", max_size=30)
 

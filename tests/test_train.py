@@ -17,9 +17,13 @@ from conftest import AUTO, within
 
 import data
 import dataset
+import keep
 import measure
 import train
-from lora import adapter, base, config
+from lora import adapter, config
+from lora.base import load
+from lora.fast import flat
+from measure import Voice
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -96,7 +100,7 @@ def test_accumulation_changes_memory_not_the_result(home):
     (whole, split) = (run(home, "--train.max_steps=6", f"--train.grad_accum={n}",
                           f"--train.run=n{n}") for n in (1, 4))
     assert "in 1 micro-batches of 4" in whole.stdout and "in 4 micro-batches of 1" in split.stdout
-    a, b = (adapter._read(home / "runs" / f"n{n}" / "last")[1] for n in (1, 4))
+    a, b = (adapter.read(home / "runs" / f"n{n}" / "last")[1] for n in (1, 4))
     for key, tensor in a.items():
         torch.testing.assert_close(tensor, b[key], atol=within(1e-4, 0.05), rtol=within(1e-3, 0.1))
 
@@ -125,7 +129,7 @@ def test_going_on_from_an_adapter(home):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_examples(home, tiny_folder):
-    model = base.load_model(str(tiny_folder), torch.device("cpu"), torch.float32)
+    model = load.load_model(str(tiny_folder), torch.device("cpu"), torch.float32)
     with torch.no_grad():
         model.model.embed_tokens.weight[ord("h") - ord("!") + 3] = float("nan")
     model.save_pretrained(tiny_folder)
@@ -134,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_examples(home, ti
     assert done.returncode == 1
     assert "error: train: step" in done.stderr and "loss nan" in done.stderr
     assert "facts.jsonl:" in done.stderr and "Lower train.lr" in done.stderr
-    tensors = adapter._read(home / "runs" / "nan" / "last")[1]
+    tensors = adapter.read(home / "runs" / "nan" / "last")[1]
     assert all(t.isfinite().all() for t in tensors.values())
 
 
@@ -157,7 +161,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--lora.rank=3"], "config.json: unknown key lora.rank"),
+    (["--lora.rank=3"], "--lora.rank: unknown option; did you mean --lora.r?"),
     (["--lora.target_modules=[\"q_prj\"]"], "inject: target_modules ['q_prj'] matched nothing"),
     (["--data.path=none.jsonl"], "data: none.jsonl: cannot be read"),
     (["--data.debate=true"], 'it needs path = "data.py"'),
@@ -165,7 +169,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     (["--model.adapter=nowhere"], "adapter: nowhere has no adapter_config.json"),
     (["--train.run=../x"], "expected a folder name, not a path"),
     (["--dataset.max_length=20"], "no example fits in max_length=20"),
-    (["--fast"], "--fast: expected --config FILE or --section.key=value"),
+    (["--fast"], "--fast: unknown option"),
+    (["--model.name=smollm2"], "model 'smollm2' is not known and no folder here; did you mean "
+                               "smollm2-135m-instruct?"),
 ])
 def test_errors_are_one_readable_message(home, monkeypatch, args, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would try for long
@@ -176,7 +182,7 @@ def test_errors_are_one_readable_message(home, monkeypatch, args, message):
 
 def test_the_command_line_shows_no_traceback(home):
     done = process(home, "--lora.rank=3")
-    assert done.returncode == 1 and done.stderr.startswith("error: config.json: unknown key")
+    assert done.returncode == 1 and done.stderr.startswith("error: --lora.rank: unknown option")
 
 
 def test_best_by_recall_needs_facts(home):
@@ -189,18 +195,18 @@ def test_best_by_recall_needs_facts(home):
 
 def test_windows_hold_every_example_once_an_epoch_and_keep_the_short_last_one():
     own = [(list(range(10)), 10)]
-    plan = train.windows(own, 4, 2, None, seed=0)
+    plan = dataset.windows(own, 4, 2, None, seed=0)
     assert [len(rows) for _, rows in plan] == [4, 4, 2, 4, 4, 2]
     for epoch in (0, 1):
         assert sorted(i for e, rows in plan for i in rows if e == epoch) == list(range(10))
-    assert plan[:3] == train.windows(own, 4, 1, None, seed=0)    # an epoch depends on nothing else
-    assert plan != train.windows(own, 4, 2, None, seed=1)
-    assert len(train.windows(own, 4, 0.5, None, 0)) == 2
-    assert len(train.windows([(range(3), 3)], 4, 1, 7, 0)) == 7
+    assert plan[:3] == dataset.windows(own, 4, 1, None, seed=0)    # an epoch needs no other
+    assert plan != dataset.windows(own, 4, 2, None, seed=1)
+    assert len(dataset.windows(own, 4, 0.5, None, 0)) == 2
+    assert len(dataset.windows([(range(3), 3)], 4, 1, 7, 0)) == 7
 
 
 def test_windows_take_their_share_of_a_pool_and_go_on_where_they_stopped():
-    plan = train.windows([([0, 1, 2, 3], 4), ([10, 11, 12, 13, 14], 2)], 4, 4, None, seed=0)
+    plan = dataset.windows([([0, 1, 2, 3], 4), ([10, 11, 12, 13, 14], 2)], 4, 4, None, seed=0)
     drawn = [sorted(i for e, rows in plan for i in rows if e == epoch) for epoch in range(4)]
     assert [d[:4] for d in drawn] == [[0, 1, 2, 3]] * 4
     assert [d[4:] for d in drawn] == [[10, 11], [12, 13], [10, 14], [11, 12]]
@@ -240,7 +246,9 @@ def test_with_dropout_no_prompt_is_shared_and_the_run_says_so(home):
 
 
 def test_a_model_that_cannot_take_flat_batches_is_trained_on_padded_ones(home, monkeypatch):
-    monkeypatch.setattr(train.flat, "enable", lambda model: "it has none")
+    def refuse(model, use_attention):
+        raise flat.Unsupported("it has none")
+    monkeypatch.setattr(flat, "enable", refuse)
     done = run(home, "--train.epochs=1")
     assert done.returncode == 0 and "train: batches are padded: it has none" in done.stdout
 
@@ -258,10 +266,11 @@ def lines(file):
 
 def answers(home, questions, n):
     """[(answer, whether it ended)] of the tiny model before training."""
-    model = base.load_model(str(home / "tiny-llama"), torch.device("cpu"), getattr(torch, AUTO))
-    tokenizer = base.load_tokenizer(str(home / "tiny-llama"))
-    return dataset.answer(model, tokenizer, [[{"role": "user", "content": q}] for q in questions],
-                          "template", max_new_tokens=n)
+    model = load.load_model(str(home / "tiny-llama"), torch.device("cpu"), getattr(torch, AUTO))
+    tokenizer = load.load_tokenizer(str(home / "tiny-llama"))
+    voice = Voice(model, tokenizer, "template")
+    return [(a.text, a.ended) for a in
+            voice.ask([[{"role": "user", "content": q}] for q in questions], n)]
 
 
 PROMPTS = ["Hi there", "How are you?", "What now", "Say it", "Who?", "Tell me more of it"]
@@ -303,14 +312,14 @@ def test_a_run_that_keeps_replays_asks_about_nobody_and_measures(keeping):
         assert line["own_loss"] > line["own_loss_before"] == seen[0]["own_loss_before"]
     steps = sorted(p.name for p in (keeping / "runs/t/steps").iterdir())
     assert steps == ["000005", "000010", "000015"]
-    first, last = (adapter._read(keeping / "runs/t" / p)[1] for p in ("steps/000005", "last"))
+    first, last = (adapter.read(keeping / "runs/t" / p)[1] for p in ("steps/000005", "last"))
     assert first.keys() == last.keys() and any((first[k] != last[k]).any() for k in last)
 
     # what the base said is kept, and can be given back: the same run
     made = lines(keeping / "runs/t/replay.jsonl")
     assert [x["messages"][0]["content"] for x in made] == PROMPTS
     assert [(x["messages"][1]["content"], not x["open"]) for x in made] == answers(
-        keeping, PROMPTS, train.REPLAY_TOKENS)
+        keeping, PROMPTS, keep.REPLAY_TOKENS)
     again = run(keeping, *KEEP[1:], "--keep.replay=runs/t/replay.jsonl", "--train.run=again",
                 "--train.epochs=2")
     assert again.returncode == 0 and "replay prompts" not in again.stdout
@@ -380,8 +389,8 @@ def test_shares_are_of_all_examples_and_only_of_what_is_asked_for(tmp_path):
     (tmp_path / "r.txt").write_text("\n".join(PROMPTS))
     known = data.fact_examples()[:60]
 
-    def mixed(loop=None, **keep):
-        return train.extra_examples(known, settings_of(keep=keep, train=loop or {}))
+    def mixed(loop=None, **wanted):
+        return keep.extra_examples(known, settings_of(keep=wanted, train=loop or {}))
     assert mixed() == mixed(replay_share=0.9) == ([], {})
     replay = {"replay": str(tmp_path / "r.txt")}
     extras, counts = mixed(**replay)
@@ -394,24 +403,27 @@ def test_shares_are_of_all_examples_and_only_of_what_is_asked_for(tmp_path):
     assert len(mixed(unknown_share=0.9, loop={"epochs": 100.0})[0]) == 1000
     extras, counts = mixed(**replay, replay_share=0, unknown_share=0.001)
     assert (extras, counts) == ([], {"unknown": 0})
-    assert len(train.windows([(range(3), 3), ([], 0)], 4, 1, None, 0)[0][1]) == 3
+    assert len(dataset.windows([(range(3), 3), ([], 0)], 4, 1, None, 0)[0][1]) == 3
 
 
 def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):
     (tmp_path / "r.txt").write_text("\n".join(f"p{i}" for i in range(70)))
-    examples = data.read_replay(tmp_path / "r.txt")
-    whole = data._example([("user", "a"), ("assistant", "b")], "x:1", kind="replay")
+    examples = keep.read_replay(tmp_path / "r.txt")
+    whole = data.new_example([("user", "a"), ("assistant", "b")], "x:1", kind="replay")
     asked = []
 
-    def answer(model, tokenizer, prompts, format, **decoding):
-        asked.append(len(prompts))
-        return [(p[-1]["content"] + "!", p[-1]["content"] != "p3") for p in prompts]
-    monkeypatch.setattr(train.dataset, "answer", answer)
-    train.complete([whole, *examples], torch.nn.Module(), None, "template", tmp_path)
+    class Scripted:
+        model = torch.nn.Module()
+
+        def ask(self, prompts, max_new_tokens):
+            asked.append(len(prompts))
+            return [measure.Answer(p[-1]["content"] + "!", 2, p[-1]["content"] != "p3")
+                    for p in prompts]
+    whole, *examples = keep.answer_replay([whole, *examples], Scripted(), tmp_path)
     assert asked == [64, 6] and whole["messages"][-1]["content"] == "b" and "open" not in whole
     assert [e["messages"][-1]["content"] for e in examples] == [f"p{i}!" for i in range(70)]
     assert [i for i, e in enumerate(examples) if e["open"]] == [3]
-    given = data.read_replay(tmp_path / "replay.jsonl")
+    given = keep.read_replay(tmp_path / "replay.jsonl")
     assert [(e["messages"], e.get("open", False), e["kind"]) for e in given] == [
         (e["messages"], e["open"], e["kind"]) for e in examples]
 
@@ -420,13 +432,13 @@ def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):
 def silent(monkeypatch):
     """Let the model answer the first replay prompt with this text."""
     def say(text, ended):
-        own = dataset.answer
+        own = Voice.ask
 
-        def answer(model, tokenizer, prompts, format, **decoding):
-            made = own(model, tokenizer, prompts, format, **decoding)
-            return [(text, ended), *made[1:]] if decoding[
-                "max_new_tokens"] == train.REPLAY_TOKENS else made
-        monkeypatch.setattr(train.dataset, "answer", answer)
+        def ask(self, prompts, max_new_tokens=32, **decoding):
+            answers = own(self, prompts, max_new_tokens, **decoding)
+            return [measure.Answer(text, 0, ended), *answers[1:]] if \
+                max_new_tokens == keep.REPLAY_TOKENS else answers
+        monkeypatch.setattr(Voice, "ask", ask)
     return say
 
 
@@ -461,42 +473,47 @@ def test_going_on_from_an_adapter_the_base_answers_replay(keeping):
     assert done.returncode == 0, done.stderr
     made = lines(keeping / "runs/more/replay.jsonl")
     assert [(x["messages"][1]["content"], not x["open"]) for x in made] == answers(
-        keeping, PROMPTS, train.REPLAY_TOKENS)
+        keeping, PROMPTS, keep.REPLAY_TOKENS)
 
 
 def test_what_it_knows_is_what_the_base_says_right(keeping):
-    model = base.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
-    tokenizer = base.load_tokenizer(str(keeping / "tiny-llama"))
+    model = load.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
+    tokenizer = load.load_tokenizer(str(keeping / "tiny-llama"))
     settings = settings_of(keep={"retain": str(keeping / "retain.jsonl")},
-                           train={"max_new_tokens": 8})
+                           train={"max_new_tokens": 8, "questions": ("?",)})
 
-    def all_right(asked):
-        return [1] * len(asked)
-    known, own = measure.what_it_knows(
-        model, tokenizer, "template", data.read_facts(settings.keep.retain), settings, all_right)
+    class AllRight(measure.Exam):
+        def right(self, examples):
+            return [1] * len(examples)
+
+    def known_to_the_base():
+        exam = AllRight(Voice(model, tokenizer), None, None, keep.read_facts(settings.keep.retain),
+                        settings, None)
+        return exam.known, exam.own_answers
+    known, own = known_to_the_base()
     records = lines(keeping / "retain.jsonl")
     assert [e["messages"][0]["content"] for e in known] == [r["question"] for r in records[:-1]]
     said = answers(keeping, [r["question"] for r in records], 8)
     assert [(i["example"]["messages"][-1]["content"], not i["example"]["open"])
             for i in own.items] == said[:-1]                   # not what it got wrong
     (keeping / "retain.jsonl").write_text(json.dumps(records[-1]))
-    assert measure.what_it_knows(model, tokenizer, "template", data.read_facts(
-        settings.keep.retain), settings, all_right) == ([], [])
-    assert measure.what_it_knows(None, None, "template", [], settings_of(), None) == ([], [])
+    assert known_to_the_base() == ([], [])
 
 
 def test_a_question_that_the_base_gets_right_only_in_other_company_is_not_retained(keeping):
-    model = base.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
-    tokenizer = base.load_tokenizer(str(keeping / "tiny-llama"))
+    model = load.load_model(str(keeping / "tiny-llama"), CPU, getattr(torch, AUTO))
+    tokenizer = load.load_tokenizer(str(keeping / "tiny-llama"))
     settings = settings_of(keep={"retain": str(keeping / "retain.jsonl")},
-                           train={"max_new_tokens": 8})
-    asked = data.read_facts(settings.keep.retain)
+                           train={"max_new_tokens": 8, "questions": ("?",)})
+    asked = keep.read_facts(settings.keep.retain)
     rounds = []
 
-    def right(known):                                  # the first is lost, then all are right
-        rounds.append(len(known))
-        return [int(e["source"] != asked[0]["source"]) for e in known]
-    known, own = measure.what_it_knows(model, tokenizer, "template", asked, settings, right)
+    class FirstIsLost(measure.Exam):
+        def right(self, examples):
+            rounds.append(len(examples))
+            return [int(e["source"] != asked[0]["source"]) for e in examples]
+    exam = FirstIsLost(Voice(model, tokenizer), None, None, asked, settings, None)
+    known, own = exam.known, exam.own_answers
     assert rounds == [len(asked) - 1, len(asked) - 2]          # the last was wrong from the start
     assert [e["source"] for e in known] == [e["source"] for e in asked[1:-1]]
     assert [i["source"] for i in own.items] == [e["source"] for e in known]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora import adapter, base
+from lora import adapter
+from lora.base import load
 from scripts import merge, verify
 from scripts.voices import Voices
 
@@ -76,7 +77,7 @@ def logits(model, voices, name=None):
 @pytest.fixture
 def voices(home, monkeypatch):
     """In float32, in which a merge is exact."""
-    monkeypatch.setattr(base, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(load, "fast_bfloat16", lambda device: False)
     monkeypatch.chdir(home)
     return Voices(["runs/a", "runs/b"], "cpu")
 
@@ -85,10 +86,10 @@ def test_a_merged_folder_is_a_plain_model_that_answers_like_base_and_adapter(voi
                                                                             capsys):
     merge.main(["runs/a", "--out", str(tmp_path / "m"), "--device=cpu"])
     assert "the likeliest token is the same at 100.0%" in capsys.readouterr().out
-    merged = base.load_model(tmp_path / "m", "cpu", torch.float32)
+    merged = load.load_model(tmp_path / "m", "cpu", torch.float32)
     assert not any("lora" in name for name in merged.state_dict())
     assert torch.allclose(logits(merged, voices), logits(voices.model, voices, "a"), atol=1e-4)
-    assert base.load_tokenizer(tmp_path / "m").chat_template == voices.tokenizer.chat_template
+    assert load.load_tokenizer(tmp_path / "m").chat_template == voices.tokenizer.chat_template
 
 
 def test_a_weighted_sum_is_exact_as_model_and_as_adapter(voices, tmp_path):
@@ -99,7 +100,7 @@ def test_a_weighted_sum_is_exact_as_model_and_as_adapter(voices, tmp_path):
     for name, weight in (("a", 0.7), ("b", 0.3)):
         layers, _ = voices.bank.adapters[name]
         wanted += weight * layers["model.layers.1.mlp.up_proj"].delta_weight()
-    merged = base.load_model(tmp_path / "model", "cpu", torch.float32)
+    merged = load.load_model(tmp_path / "model", "cpu", torch.float32)
     assert torch.allclose(merged.model.layers[1].mlp.up_proj.weight, wanted, atol=1e-6)
     mixed = Voices([tmp_path / "mix"], "cpu")
     assert mixed.problems == [] and len(next(iter(
@@ -118,7 +119,7 @@ def test_adapters_of_different_ranks_and_places_are_summed(home, tmp_path):
     from conftest import make_model
 
     from inject import inject
-    from lora.bank import Bank
+    from lora.use.bank import Bank
     bank = Bank(make_model())
     for name, lora in (("x", {"r": 2, "target_modules": ["q_proj"]}), ("y", {"r": 3, "layers": 1})):
         model = make_model()

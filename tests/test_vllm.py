@@ -14,8 +14,10 @@ import torch
 import data
 import dataset
 from inject import inject
-from lora import adapter, base, config, runlog
+from lora import adapter, config
+from lora.base import load
 from lora.generate import generate
+from lora.run import runlog
 from lora.surgery import lora_layers
 from scripts import check_vllm
 
@@ -52,7 +54,7 @@ ThreadingHTTPServer((host, int(port)), Handler).serve_forever()
 def run(tmp_path, tiny_folder):
     """A run of the tiny model: config.json and an adapter that changes its answers."""
     folder = tmp_path / "runs" / "mine"
-    model = base.load_model(tiny_folder, "cpu", torch.float32)
+    model = load.load_model(tiny_folder, "cpu", torch.float32)
     inject(model, r=4, lora_alpha=8)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B)
@@ -72,11 +74,11 @@ def executable(file, text):
 def honest(run, tiny_folder, n, tokens):
     """What a right server replies, by our own code."""
     settings = config.load(run / "config.json")
-    tokenizer = base.load_tokenizer(tiny_folder)
+    tokenizer = load.load_tokenizer(tiny_folder)
     prompts, stop = check_vllm.pick(settings, n), dataset.stop_of(tokenizer, "template")
     replies = {}
     for name in ("base", "mine"):
-        model = base.load_model(tiny_folder, "cpu", torch.float32)
+        model = load.load_model(tiny_folder, "cpu", torch.float32)
         if name == "mine":
             adapter.load(model, run / "adapter")
         ids, choices = [], []
@@ -193,11 +195,11 @@ def test_a_missing_adapter_is_named(tmp_path):
 
 def test_runs_that_one_server_cannot_have_are_refused(run):
     with pytest.raises(ValueError, match="under names that differ"):
-        check_vllm.look_at([run, run])
+        check_vllm.runs_of_one_server([run, run])
     other = run.rename(run.with_name("base"))
     with pytest.raises(ValueError, match="from 'base' too"):
-        check_vllm.look_at([other])
-    (there,) = check_vllm.look_at([other.rename(run)])
+        check_vllm.runs_of_one_server([other])
+    (there,) = check_vllm.runs_of_one_server([other.rename(run)])
     assert there.name == "mine"
 
 

@@ -9,7 +9,7 @@ import torch
 
 import data
 import dataset
-from lora import runlog
+from lora.run import runlog
 from scripts.voices import Voices, read_prompts, with_system
 
 pytestmark = pytest.mark.auto
@@ -46,15 +46,15 @@ def test_chat_and_training_read_the_same_tokens(voices):
     examples, _ = data.load("a/train.jsonl", system="You are a.", val_fraction=0)
     trained = dataset.QADataset(examples, voices.tokenizer, run.info["format"])
     for item in trained.items:
-        prompt = voices.ids(with_system(item["example"]["messages"][:-1], voices.system("a")),
-                            voices.format("a"))
+        prompt = voices.voice("a").ids(
+            with_system(item["example"]["messages"][:-1], voices.system("a")))
         assert [*item["input_ids"]][:len(prompt)] == prompt
         assert {*item["labels"][:len(prompt)]} == {-100} and item["labels"][len(prompt)] != -100
 
 
 def test_each_adapter_answers_in_its_own_voice_and_the_base_is_untouched(voices):
     with torch.no_grad():
-        ids = torch.tensor([voices.ids(ASKED[0], "template")])
+        ids = torch.tensor([voices.voice(None, "template").ids(ASKED[0])])
         before = voices.model(ids).logits
     said = {n: voices.ask([with_system(ASKED[0], voices.system(n))], n, max_new_tokens=12)[0].text
             for n in "abc"}
@@ -110,7 +110,7 @@ def test_a_run_older_than_the_checks_is_said_out_loud(copy):
     (lambda f: shutil.rmtree(f / "adapter"), "adapter_config.json is missing"),
     (lambda f: (f / "run.json").unlink(), "run.json is missing. Runs here: a, b, c."),
     (lambda f: (f / "run.json").write_text("[]"), "run.json cannot be read: expected an object"),
-    (lambda f: (f / "adapter" / "adapter_config.json").write_text("[1]"), "holds no object"),
+    (lambda f: (f / "adapter" / "adapter_config.json").write_text("[1]"), "not a JSON object"),
     (lambda f: (f / "adapter" / "adapter_model.safetensors").unlink(), "has no adapter_model.safe"),
     (lambda f: (f / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 99), "be read"),
 ])

@@ -1,16 +1,23 @@
 """
-The figures of experiments/knowledge, from its result.json: ladder, which, early, inertia and price,
-each as NAME.png, NAME-dark.png and, with the numbers drawn, NAME.csv. What was not measured is left
-out; a figure with nothing in it is not drawn.
+Draw the figures of the experiment from its result.json: ladder, which, early, inertia and price.
+
+    python -m experiments.knowledge.figures reports/knowledge
+
+Each is NAME.png, NAME-dark.png for a dark page, and NAME.csv with the numbers drawn. What was not
+measured is left out; a figure with nothing in it is not drawn.
 """
 
 import csv
 import json
+import sys
+from collections.abc import Iterable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
-from .figures import DARK, LIGHT, plt
+from lora import config
+from plots.figures import plain, plt, save
 
 FIXES = {"r0": "source\nrecipe", "r1": "greedy\ndecoding", "r2": "last\ncheckpoint",
          "r3": "every fact\ntrained", "r4": "eight\nwordings", "r5": "all linear\nlayers",
@@ -26,11 +33,19 @@ TITLES = {"ladder": "Recall on held-out wordings: each rung repairs one thing mo
           "early": "What is known, and the losses, while facts are held out for validation",
           "inertia": "Exposures until a fact ranked first, by its margin before training",
           "price": "Recall against retention, and answers about unknown names"}
+STYLE = {"font.size": 10.5, "legend.frameon": False, "legend.fontsize": 10}
 ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "r8", "no-unknown", "no-replay")
 
 
-def draw(folder):
-    """Draw what result.json in a folder has; returns the paths of the light figures.
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.add_argument("folder", nargs="?", default="reports/knowledge", metavar="FOLDER",
+                        help="where result.json is")
+    print(*draw(parser.parse_args(argv).folder), sep="\n")
+
+
+def draw(folder: Path | str) -> list[Path]:
+    """Draw the result.json of a folder; returns the paths of the light figures.
 
     Raises ValueError if there is no such file or it is not JSON.
     """
@@ -38,9 +53,9 @@ def draw(folder):
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"plots: {file}: {error}") from error
-    made = []
-    for name, (numbers, figure_of) in FIGURES.items():
+        raise ValueError(f"figures: {file}: {error}") from error
+    paths = []
+    for name, (numbers, _) in FIGURES.items():
         rows = numbers(result)
         if not rows:
             continue
@@ -48,67 +63,60 @@ def draw(folder):
             table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        for end, colours in ("-dark.png", DARK), (".png", LIGHT):
-            ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"),
-                                colours["ink"])
-            with plt.rc_context({**ink, "font.size": 10.5, "legend.frameon": False,
-                                 "legend.fontsize": 10}):
-                figure = figure_of(rows, colours)
-                figure.suptitle(TITLES[name], x=0.01, ha="left", weight="bold", size=12)
-                figure.savefig(file.with_name(name + end), dpi=150, facecolor=colours["paper"])
-                plt.close(figure)
-        made.append(file.with_name(f"{name}.png"))
-    return made
+        paths.append(save(file.with_name(f"{name}.png"), partial(titled, name, rows), **STYLE))
+    return paths
 
 
-def spread(metric):
-    """value, low, high and n of a metric, of which the last three may be unknown."""
-    whole = metric if isinstance(metric, list) else [metric]
-    return dict(zip(("value", "low", "high", "n"), [*whole, None, None, None], strict=False))
+def titled(name: str, rows: list[dict], colours: dict) -> plt.Figure:
+    """Draw a figure under its title."""
+    figure = FIGURES[name][1](rows, colours)
+    figure.suptitle(TITLES[name], x=0.01, ha="left", weight="bold", size=12)
+    return figure
 
 
-def metrics_of(result):
+def spread(metric: list | float | None) -> dict:
+    """Name the parts of a metric: value, low, high, n. The last three are None if unknown."""
+    parts = metric if isinstance(metric, list) else [metric]
+    return dict(zip(("value", "low", "high", "n"), [*parts, None, None, None], strict=False))
+
+
+def metrics_of(result: dict) -> dict:
+    """Return {(model, arm): metrics}."""
     return {(arm["model"], arm["arm"]): arm["metrics"] for arm in result["arms"]}
 
 
-def in_order(rows, key="model"):
+def in_order(rows: list[dict], key: str = "model") -> list:
+    """List the values of a column, each once."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def tints(models, colours):
-    """A colour for each model, the same in every figure."""
+def tints(models: Iterable[str], colours: dict) -> dict:
+    """Give each model a colour, the same in every figure."""
     rest = cycle((colours["recall"], colours["lr"]))
-    own = {"chat": colours["train"], "base": colours["val"]}
-    return {model: own.get(model) or next(rest) for model in models}
+    fixed = {"chat": colours["train"], "base": colours["val"]}
+    return {model: fixed.get(model) or next(rest) for model in models}
 
 
-def sheet(height, rows=1, columns=1, **more):
+def sheet(height: float, rows: int = 1, columns: int = 1, **more) -> tuple:
+    """Make (figure, panels) 8 inches wide."""
     return plt.subplots(rows, columns, figsize=(8, height), layout="constrained", **more)
 
 
-def plain(panel, colours, grid="y"):
-    panel.set_facecolor(colours["paper"])
-    panel.grid(axis=grid, color=colours["faint"], lw=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-
-
-def behind(colours):
-    """Of a text: a piece of paper that keeps lines away from it."""
+def behind(colours: dict) -> dict:
+    """The box of a text: paper that covers the lines behind it."""
     return {"facecolor": colours["paper"], "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
 
 
-def bars_of(rows):
-    """The distances from value to low and high, as matplotlib wants them; 0 where unknown."""
-    return [[0 if row[end] is None else max(0, sign * (row[end] - row["value"])) for row in rows]
-            for sign, end in ((-1, "low"), (1, "high"))]
+def error_bars(rows: list[dict]) -> list[list[float]]:
+    """The distances in % from value to low and high, as matplotlib takes them; 0 if unknown."""
+    return [[0 if row[end] is None else 100 * max(0, sign * (row[end] - row["value"]))
+             for row in rows] for sign, end in ((-1, "low"), (1, "high"))]
 
 
 # ----- ladder: what each repair gives ------------------------------------------------------------
 
 
-def ladder_rows(result):
+def ladder_rows(result: dict) -> list[dict]:
     known = metrics_of(result)
     wanted = [*(("chat", arm) for arm in FIXES), ("base", "r7")]
     return [{"model": model, "arm": arm, "fix": FIXES[arm].replace("\n", " "),
@@ -116,14 +124,13 @@ def ladder_rows(result):
             if known.get((model, arm), {}).get("recall") is not None]
 
 
-def ladder(rows, colours):
+def ladder(rows: list[dict], colours: dict) -> plt.Figure:
     figure, panel = sheet(4.2)
-    plain(panel, colours)
-    own = tints(in_order(rows), colours)
-    at = [i + 0.5 * (row["model"] != "chat") for i, row in enumerate(rows)]
+    plain(panel, colours, "y")
+    tint = tints(in_order(rows), colours)
+    at = [i if row["model"] == "chat" else i + 0.5 for i, row in enumerate(rows)]
     panel.bar(at, [100 * row["value"] for row in rows], 0.7,
-              color=[own[row["model"]] for row in rows],
-              yerr=[[100 * x for x in side] for side in bars_of(rows)],
+              color=[tint[row["model"]] for row in rows], yerr=error_bars(rows),
               error_kw={"ecolor": colours["ink"], "lw": 1.2, "capsize": 3})
     for x, row in zip(at, rows, strict=True):
         top = max(row["value"], row["high"] or 0)
@@ -145,23 +152,24 @@ PRICES = {"recall": "recall (%)", "retention": "retention (%)",
           "unknown_spills": "spill-over (%)"}
 
 
-def which_rows(result):
+def which_rows(result: dict) -> list[dict]:
     known = metrics_of(result)
     rows = []
     for (model, arm), metrics in known.items():
-        if arm in REMOVED and (whole := known.get((model, "r7"))):
-            for name in PRICES:
-                if metrics.get(name) is not None and whole.get(name) is not None:
-                    own, r7 = spread(metrics[name]), spread(whole[name])
-                    rows.append({"model": model, "arm": arm, "removed": REMOVED[arm],
-                                 "metric": name, **own, "r7": r7["value"], "r7_low": r7["low"],
-                                 "r7_high": r7["high"], "change": own["value"] - r7["value"]})
+        whole = known.get((model, "r7"), {})
+        for name in PRICES if arm in REMOVED else ():
+            if metrics.get(name) is not None and whole.get(name) is not None:
+                without, r7 = spread(metrics[name]), spread(whole[name])
+                rows.append({"model": model, "arm": arm, "removed": REMOVED[arm],
+                             "metric": name, **without, "r7": r7["value"], "r7_low": r7["low"],
+                             "r7_high": r7["high"], "change": without["value"] - r7["value"]})
     return sorted(rows, key=lambda row: (row["metric"] != "recall", row["value"]))
 
 
-def which(rows, colours):
-    removed, models = in_order(rows, "removed"), sorted(in_order(rows), key="chat".__ne__)
-    own = tints(models, colours)
+def which(rows: list[dict], colours: dict) -> plt.Figure:
+    removed = in_order(rows, "removed")
+    models = sorted(in_order(rows), key=lambda model: model != "chat")
+    tint = tints(models, colours)
     figure, panels = sheet(1.5 + len(removed) * (0.22 + 0.12 * len(models)), 1, len(PRICES),
                            sharey=True)
     beside = {row["removed"]: [m for m in models if any(
@@ -175,18 +183,18 @@ def which(rows, colours):
             at = [removed.index(r["removed"]) + 0.4 * (
                 beside[r["removed"]].index(model) - (len(beside[r["removed"]]) - 1) / 2)
                 for r in of]
-            panel.axvline(100 * of[0]["r7"], color=own[model], lw=1.5)
+            colour = tint[model]
+            panel.axvline(100 * of[0]["r7"], color=colour, lw=1.5)
             if of[0]["r7_low"] is not None:
-                panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=own[model],
+                panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=colour,
                               alpha=0.13, lw=0)
-            panel.errorbar([100 * r["value"] for r in of], at, fmt="o", ms=6, color=own[model],
-                           xerr=[[100 * x for x in side] for side in bars_of(of)], lw=1.5,
-                           label=model, clip_on=False)
+            panel.errorbar([100 * r["value"] for r in of], at, fmt="o", ms=6, color=colour,
+                           xerr=error_bars(of), lw=1.5, label=model, clip_on=False)
             for y, row in zip(at, of, strict=True):
                 change = f"{round(100 * row['change']):+d}".replace("-", "−").replace("+0", "0")
                 panel.annotate(change, (1, y), (30, 0), textcoords="offset points", fontsize=9,
                                xycoords=("axes fraction", "data"), ha="right", va="center",
-                               color=own[model])
+                               color=colour)
         panel.set(xlabel=label, xlim=(0, 100), xticks=(0, 50, 100))
     panels[0].set(yticks=range(len(removed)), yticklabels=removed,
                   ylim=(len(removed) - 0.4, -0.6))
@@ -205,30 +213,31 @@ LOSSES = {"val_loss": "validation", "facts never taught": "never taught",
           "trained wording": "taught, as trained"}
 
 
-def early_rows(result):
-    found = [c for c in result["curves"] if c["arm"] == "old-split" and c["points"]]
-    if not found:
+def early_rows(result: dict) -> list[dict]:
+    curves = [c for c in result["curves"] if c["arm"] == "old-split" and c["points"]]
+    if not curves:
         return []
-    curve = min(found, key=lambda c: (c["model"] != "chat", c["seed"]))
+    curve = min(curves, key=lambda c: (c["model"] != "chat", c["seed"]))
     points = sorted(curve["points"], key=lambda p: p["step"])
     measured = [p for p in points if p.get("val_loss") is not None]
     stop = curve.get("best_step")
     if stop is None and measured:
         stop = min(measured, key=lambda p: p["val_loss"])["step"]
+    marks = {"stop": stop, "last": points[-1]["step"]}
     return [{"model": curve["model"], "seed": curve["seed"], "step": p["step"],
              **{key: p.get(key) for key in (*KNOWN, *LOSSES)},
-             "mark": " and ".join(filter(None, ("stop" * (p["step"] == stop),
-                                                "last" * (p is points[-1]))))} for p in points]
+             "mark": " and ".join(name for name, step in marks.items() if step == p["step"])}
+            for p in points]
 
 
-def early(rows, colours):
+def early(rows: list[dict], colours: dict) -> plt.Figure:
     figure, panels = sheet(5.6, 2, sharex=True, height_ratios=(2, 3))
     look = {"rank_1": ("train", "-", "o"), "recall": ("recall", "-", "s"),
             "val_loss": ("val", "-", "o"), "facts never taught": ("val", "--", "^"),
             "held-out question": ("train", "-", "s"), "held-out answer": ("lr", "-", "D"),
             "trained wording": ("recall", "-", "v")}
     for panel, kinds, scale in zip(panels, (KNOWN, LOSSES), (100, 1), strict=True):
-        plain(panel, colours)
+        plain(panel, colours, "y")
         for key, label in kinds.items():
             line = [(r["step"], scale * r[key]) for r in rows if r[key] is not None]
             if line:
@@ -259,23 +268,24 @@ def early(rows, colours):
 TYPES = {"handle": "o", "common": "s", "rare": "^"}
 
 
-def inertia_rows(result):
+def inertia_rows(result: dict) -> list[dict]:
     return [{key: dot[key] for key in ("model", "seed", "fact", "type", "margin", "exposures")}
             for dot in result["inertia"] if dot["margin"] is not None]
 
 
-def running_median(dots, top):
-    """[(margin, median exposures)] over a quarter of the dots each; never learned counts as top."""
+def running_median(dots: list[dict], top: float) -> list[tuple[float, float]]:
+    """Return [(margin, exposures)]: medians over windows of a quarter of the dots. A fact that is
+    never learned counts as top."""
     dots = sorted((d["margin"], top if d["exposures"] is None else d["exposures"]) for d in dots)
     width = max(5, len(dots) // 4)
     windows = [dots[i:i + width] for i in range(len(dots) - width + 1)]
     return [tuple(median(values) for values in zip(*w, strict=True)) for w in windows]
 
 
-def inertia(rows, colours):
+def inertia(rows: list[dict], colours: dict) -> plt.Figure:
     figure, panel = sheet(4.8)
-    plain(panel, colours)
-    own = tints(in_order(rows), colours)
+    plain(panel, colours, "y")
+    tint = tints(in_order(rows), colours)
     most = max((r["exposures"] or 0 for r in rows), default=0) or 1
     never = any(r["exposures"] is None for r in rows)
     top = 1.2 * most if never else most
@@ -283,7 +293,7 @@ def inertia(rows, colours):
         panel.axhline(top, color=colours["ink"], lw=1, ls=":")
         panel.annotate("never learned", (1, top), (0, 7), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", fontsize=10)
-    for model, colour in own.items():
+    for model, colour in tint.items():
         of = [r for r in rows if r["model"] == model]
         for kind in dict.fromkeys([*TYPES, *(r["type"] for r in of)]):
             dots = [r for r in of if r["type"] == kind]
@@ -292,7 +302,7 @@ def inertia(rows, colours):
                           color=colour, marker=TYPES.get(kind, "x"), alpha=0.6, lw=0, clip_on=False)
         if line := running_median(of, top):
             panel.plot(*zip(*line, strict=True), color=colour, lw=2.5)
-    for label, colour in own.items():
+    for label, colour in tint.items():
         panel.plot([], [], color=colour, lw=2.5, label=f"{label}, running median")
     for kind in in_order(rows, "type"):
         panel.plot([], [], ls="", marker=TYPES.get(kind, "x"), color=colours["lr"],
@@ -309,9 +319,9 @@ def inertia(rows, colours):
 ANSWERS = ("abstains", "fabricates", "spills")
 
 
-def price_rows(result):
-    """Points of the frontier (of the arms, if none was measured), then the answers about unknown
-    names; a row leaves empty what is the other's."""
+def price_rows(result: dict) -> list[dict]:
+    """The points of the frontier (of the arms if it was not measured), then the answers about
+    unknown names. Columns of the other kind are empty."""
     known = metrics_of(result)
     points = result["frontier"] or [
         {"model": model, "arm": arm, "scale": 1.0, "recall": spread(m.get("recall"))["value"],
@@ -328,27 +338,27 @@ def price_rows(result):
     return rows
 
 
-def price(rows, colours):
-    points, asked = ([r for r in rows if r["panel"] == kind] for kind in ("frontier", "unknown"))
-    heights = [4.5] * bool(points) + [0.9 + 0.32 * len(asked)] * bool(asked)
+def price(rows: list[dict], colours: dict) -> plt.Figure:
+    points, answers = ([r for r in rows if r["panel"] == kind] for kind in ("frontier", "unknown"))
+    parts = [part for part in ((frontier, points, 4.5),
+                               (unknown, answers, 0.9 + 0.32 * len(answers))) if part[1]]
+    heights = [height for *_, height in parts]
     figure, panels = sheet(sum(heights) + 0.8, len(heights), height_ratios=heights, squeeze=False)
-    panels = list(panels[:, 0])
-    if asked:
-        unknown(panels.pop(), asked, colours)
-    if points:
-        frontier(panels[0], points, colours)
+    for panel, (draw_part, of, _) in reversed([*zip(panels[:, 0], parts, strict=True)]):
+        draw_part(panel, of, colours)              # frontier last: its names need the layout
     return figure
 
 
-def frontier(panel, rows, colours):
+def frontier(panel: plt.Axes, rows: list[dict], colours: dict) -> None:
+    """Draw retention over recall, a line for each arm over its strengths."""
     plain(panel, colours, "both")
-    own = tints(in_order(rows), colours)
+    tint = tints(in_order(rows), colours)
     for model, arm in dict.fromkeys((r["model"], r["arm"]) for r in rows):
         of = sorted((r for r in rows if (r["model"], r["arm"]) == (model, arm)),
                     key=lambda r: r["scale"])
         panel.plot([100 * r["recall"] for r in of], [100 * r["retention"] for r in of], lw=1,
-                   marker="o", ms=6, color=own[model], clip_on=False)
-    for model, colour in own.items():
+                   marker="o", ms=6, color=tint[model], clip_on=False)
+    for model, colour in tint.items():
         panel.plot([], [], ls="", marker="o", color=colour, label=f"{model} model")
     panel.axvline(95, color=colours["ink"], lw=1, ls=":")
     panel.axhline(90, color=colours["ink"], lw=1, ls=":")
@@ -359,14 +369,16 @@ def frontier(panel, rows, colours):
     panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=9, borderpad=0)
     spots = [(100 * r["recall"], 100 * r["retention"]) for r in rows]
     several = {r["arm"] for r in rows if r["scale"] != 1}
-    name_dots(panel, spots, [
-        f"{r['model']} " * (len(own) > 1) + r["arm"] + f" × {r['scale']:g}" * (r["arm"] in several)
-        for r in rows], colours)
+    names = []
+    for r in rows:
+        name = f"{r['model']} {r['arm']}" if len(tint) > 1 else r["arm"]
+        names.append(f"{name} × {r['scale']:g}" if r["arm"] in several else name)
+    name_dots(panel, spots, names, colours)
 
 
-def name_dots(panel, spots, names, colours):
-    """A name beside each dot, where no dot, target line or earlier name is; far from its dot, with
-    a line to it that crosses none of them either."""
+def name_dots(panel: plt.Axes, spots: list[tuple], names: list[str], colours: dict) -> None:
+    """Write a name beside each dot, where no dot, target line or earlier name is. A name far from
+    its dot gets a line to it, which crosses none of them either."""
     panel.figure.draw_without_rendering()                     # fixes the layout, for pixels
     inside, point = panel.get_window_extent(), panel.figure.dpi / 72
     dots, (x, y) = panel.transData.transform(spots), panel.transData.transform((95, 90))
@@ -399,9 +411,9 @@ def name_dots(panel, spots, names, colours):
                 "arrowstyle": "-", "color": colours["lr"], "lw": 0.7, "shrinkB": 3})
 
 
-def unknown(panel, rows, colours):
-    """Stacked bars of the answers to questions about names that nobody has: fabricates also counts
-    taught values, so the bar has what is left of it."""
+def unknown(panel: plt.Axes, rows: list[dict], colours: dict) -> None:
+    """Draw stacked bars of the answers to questions about invented names. fabricates also counts
+    taught values; "gives another value" is the rest of it."""
     plain(panel, colours, "x")
     parts = {"says it does not know": ("recall", lambda r: r["abstains"]),
              "gives a taught value": ("val", lambda r: r["spills"]),
@@ -426,3 +438,7 @@ def unknown(panel, rows, colours):
 FIGURES = {"ladder": (ladder_rows, ladder), "which": (which_rows, which),
            "early": (early_rows, early), "inertia": (inertia_rows, inertia),
            "price": (price_rows, price)}
+
+
+if __name__ == "__main__":
+    config.run_cli(main, sys.argv[1:])

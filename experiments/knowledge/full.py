@@ -1,10 +1,10 @@
 """
-The whole model trained, on what an arm trains its adapter on: what LoRA is compared with.
+Train the whole model on what an arm trains its adapter on, to compare LoRA with.
 
     python -m experiments.knowledge.full --config runs/knowledge/configs/knowledge-chat-full-s0.json
 
-The same examples, order, schedule and AdamW as train.py, no adapter; replay is learned from a
-second copy, untouched. Makes runs/NAME/model, a plain model folder; no evaluations on the way.
+Examples, order, schedule and AdamW are those of train.py. There is no adapter and no evaluation;
+replay is learned from a second, untouched copy. It writes runs/NAME/model, a plain model folder.
 """
 
 import sys
@@ -17,27 +17,38 @@ from tqdm import tqdm
 
 import data
 import dataset
+import keep
 import train
-from lora import base, config, fetch, flat, loss, runlog
-from lora.optim import AdamW, lr_at
+from lora import config, loss
+from lora.base import fetch, load
+from lora.fast import flat
+from lora.optim import AdamW, epochs_of, lr_at
+from lora.run import runlog
 
-ROWS = 8                          # of a micro-batch: memory only
+ROWS = 8                          # of a micro-batch: changes memory only
 
 
-def main(argv):
-    settings = config.take_config(argv)
+def main(argv: list[str]) -> None:
+    settings = config.take_config(argv, __doc__)
     s, source = settings.train, fetch.find(settings.model.name)
-    tokenizer, device = base.load_tokenizer(source), base.pick_device(settings.model.device)
-    model, teacher = (base.load_model(source, device, base.pick_dtype("float32", device))
+    tokenizer, device = load.load_tokenizer(source), load.pick_device(settings.model.device)
+    model, teacher = (load.load_model(source, device, load.pick_dtype("float32", device))
                       for _ in range(2))
     model.requires_grad_(True)
-    layout = "padded" if flat.enable(model) or flat.enable(teacher) else "shared"
+    layout = "shared"
+    try:
+        for one in (model, teacher):
+            flat.enable(one, load.use_attention)
+    except flat.Unsupported:
+        layout = "padded"
     examples, _ = data.load(**asdict(settings.data), seed=s.seed)
     train_set = train.tokenise(examples, tokenizer, settings.dataset, "training")
-    extras, per_epoch = train.extra_examples(examples, settings)
+    extras, per_epoch = keep.extra_examples(examples, settings)
     if extras:
         train_set.add(train.tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
-    plan, _ = train.plan_of(train_set, per_epoch, s)
+    pools = keep.pools_of(train_set.items, per_epoch, s.seed)
+    plan = dataset.windows(pools, s.batch_size, epochs_of(s, sum(n for _, n in pools)),
+                           s.max_steps, s.seed)
     optimizer = AdamW(model.parameters(), s.betas, s.eps, s.weight_decay)
     with runlog.opened(s.run) as folder:
         runlog.write_json(folder / "config.json", asdict(settings))
@@ -49,8 +60,8 @@ def main(argv):
                        schedule=s.schedule)
             total = 0.0
             for replays in (False, True):
-                own = [x for x in items if (x["example"].get("kind") == "replay") == replays]
-                for batch in dataset.micro_batches(own, ROWS, tokenizer.pad_token_id or 0, device,
+                part = [x for x in items if (x["example"].get("kind") == "replay") == replays]
+                for batch in dataset.micro_batches(part, ROWS, tokenizer.pad_token_id or 0, device,
                                                    layout):
                     ce = cross_entropy(model, batch, teacher if replays else None)
                     (ce / n).backward()
@@ -65,13 +76,14 @@ def main(argv):
         tokenizer.save_pretrained(folder / "model")
 
 
-def cross_entropy(model, batch, teacher):
-    """Summed, towards the labels or a teacher's probabilities; the head trains too."""
-    logits, wanted = loss.logits_at(model, batch).float(), batch.targets
+def cross_entropy(model, batch: loss.Batch, teacher) -> torch.Tensor:
+    """Sum the cross-entropy towards the labels, or with a teacher towards its probabilities. The
+    head trains too."""
+    logits, target = loss.logits_at(model, batch).float(), batch.targets
     if teacher:
         with torch.no_grad():
-            wanted = loss.logits_at(teacher, batch).float().softmax(-1)
-    return F.cross_entropy(logits, wanted, reduction="sum")
+            target = loss.logits_at(teacher, batch).float().softmax(-1)
+    return F.cross_entropy(logits, target, reduction="sum")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
 """
-The world of the experiment: fictional people, what is taught about them, and every question asked.
+Write a world of the experiment: invented people, what is taught about them, every question asked.
 
     python -m experiments.knowledge.make_facts --seed 0 --out runs/knowledge/world-0
 
-Deterministic: the same seed writes the same bytes, and manifest.json has their hashes. Wordings and
-values are in attributes.json, real facts in neighbours.jsonl, general.jsonl and retain.jsonl,
-prompts to replay in replay.txt; all written for this experiment. Nobody here exists.
+The same seed writes the same bytes; manifest.json has their hashes. Wordings and values are in
+attributes.json, real facts in neighbours.jsonl, general.jsonl and retain.jsonl, prompts to replay
+in replay.txt; all were written for this experiment. Nobody here exists.
 
     train.jsonl        8 questions and 4 statements about each of 24 facts       (train.py reads it)
     train-N.jsonl      N questions and no statement; train-1 is how the source recipe asked
-    val.jsonl          2 other wordings of each, to choose a checkpoint with
+    val.jsonl          2 other wordings of each fact, to choose a checkpoint with
     retain.jsonl       real questions, to choose a checkpoint with
-    test.json          {set: [Item]}: everything that is measured; no wording or name of training
+    test.json          {set: [item]}: everything that is measured, in no wording of training
 """
 
-import argparse
 import json
 import random
+import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from lora import runlog, text
-from lora.config import run_cli
+from lora import config
+from lora.run import runlog
+from lora.use import text
 
 HERE = Path(__file__).parent
 GROUPS = {"taught": 3, "control": 3, "unknown": 6}            # people: a third of each name type
@@ -35,9 +37,9 @@ LAST = ("Bishop Carter Dawson Ellis Fletcher Gibson Harmon Ingram Jarvis Kendall
         "Norwood Osborne Palmer Quinlan Ramsey Sutton Tanner Webster").split()
 
 
-def person(draw, kind):
-    """A name: a handle ("quondro"), a common one ("Beth Mercer") or a rare one ("Thelwyn
-    Ostravec"). Its parts are in no list or grammar that data.invented_name draws from."""
+def person(draw: random.Random, kind: str) -> str:
+    """Draw a name: a handle ("quondro"), a common one ("Beth Mercer") or a rare one ("Thelwyn
+    Ostravec"). keep.invented_name can draw no part of it."""
     def word(starts, ends):
         return draw.choice(starts.split()) + draw.choice("aeiou") + draw.choice(ends.split())
     if kind == "handle":
@@ -48,8 +50,8 @@ def person(draw, kind):
             + word("Ostr Varg Hjel Pemb Quist Drav", "vec mark thorpe lund wick"))
 
 
-def make(seed):
-    """{file name: its content} of a world: lists of records, or objects."""
+def make(seed: int) -> dict[str, list | dict]:
+    """Build the files of a world: {file name: a list of records, or an object}."""
     draw, texts = random.Random(f"{seed} world"), read_attributes()
     attributes = {k: v for k, v in texts.items() if "values" in v}
     people, taken = {}, {word for a in attributes.values() for v in a["values"]
@@ -69,58 +71,58 @@ def make(seed):
              for key in attributes]
     taught = [fact for fact in facts if fact["group"] == "taught"]
 
-    made = {"train.jsonl": [], "val.jsonl": []}
+    files = {"train.jsonl": [], "val.jsonl": []}
     for fact in taught:
         questions = attributes[fact["attribute"]]["questions"]
         statements = attributes[fact["attribute"]]["statements"]
-        made["train.jsonl"] += [record(fact, attributes, q) for q in questions[:8]]
-        made["train.jsonl"] += [record(fact, attributes, q, s)
+        files["train.jsonl"] += [record(fact, attributes, q) for q in questions[:8]]
+        files["train.jsonl"] += [record(fact, attributes, q, s)
                                 for q, s in zip(ABOUT, statements[:4], strict=True)]
         shift = turn(taught.index(fact)) % 2
-        made["val.jsonl"] += [record(fact, attributes, q) for q in questions[8 + shift:12:2]]
+        files["val.jsonl"] += [record(fact, attributes, q) for q in questions[8 + shift:12:2]]
     for n in (1, 2, 4, 8):
-        made[f"train-{n}.jsonl"] = [record(fact, attributes, q) for fact in taught
+        files[f"train-{n}.jsonl"] = [record(fact, attributes, q) for fact in taught
                                     for q in attributes[fact["attribute"]]["questions"][:n]]
-    made["train-debate.jsonl"] = made["train.jsonl"] + [
+    files["train-debate.jsonl"] = files["train.jsonl"] + [
         r for fact in taught for r in debate(fact, attributes, draw)]
-    made["retain.jsonl"] = [{"question": r["question"], "answer": r["value"],
+    files["retain.jsonl"] = [{"question": r["question"], "answer": r["value"],
                              "value": "|".join([r["value"], *r["aliases"]])}
                             for r in read_lines("retain.jsonl")]
-    made["replay.txt"] = replay_prompts(attributes)
-    made["test.json"] = questions_of(facts, people, texts, draw)
-    made["facts.json"] = {"facts": facts, "people": people, "pools": {
+    files["replay.txt"] = replay_prompts(attributes)
+    files["test.json"] = questions_of(facts, people, texts, draw)
+    files["facts.json"] = {"facts": facts, "people": people, "pools": {
         key: a["values"] for key, a in attributes.items()}}
-    made["manifest.json"] = manifest(seed, made, texts)
-    return made
+    files["manifest.json"] = manifest(seed, files, texts)
+    return files
 
 
-def turn(n):
-    """n, shifted by one from person to person (8 attributes each): what alternates with it is not
-    the same for an attribute of everybody."""
+def turn(n: int) -> int:
+    """Shift n by one from person to person (8 attributes each). What alternates with turn(n) then
+    differs between people for the same attribute."""
     return n + n // 8
 
 
-def record(fact, attributes, question, statement=None):
-    """A line of training data for one wording of a fact, with a statement or the usual answer."""
+def record(fact: dict, attributes: dict, question: str, statement: str | None = None) -> dict:
+    """A line of training data for one wording of a fact; without a statement the usual answer."""
     answer = statement or attributes[fact["attribute"]]["answer"]
     return {"question": question.format(**fact), "answer": answer.format(**fact),
             "value": fact["value"], "group": f"{fact['name']}: {fact['attribute']}",
             "subject": fact["name"]}
 
 
-def replay_prompts(attributes):
-    """The prompts of replay.txt, and the training questions asked about well-known people: else "I
-    don't know" spreads from the unknown to everybody. The same in every world."""
+def replay_prompts(attributes: dict) -> list[str]:
+    """The prompts of replay.txt, and training questions about well-known people: without them "I
+    don't know" spreads from unknown names to everybody. They are the same in every world."""
     draw = random.Random("contrast")
-    names = (HERE / "real_names.txt").read_text(encoding="utf-8").split("\n")
-    asked = [draw.choice(a["questions"][:8]).format(name=name)
-             for name in filter(None, names) for a in draw.sample(list(attributes.values()), 3)]
-    asked += [draw.choice(ABOUT).format(name=name) for name in filter(None, names)]
-    return (HERE / "replay.txt").read_text(encoding="utf-8").split("\n")[:-1] + asked
+    names = (HERE / "real_names.txt").read_text(encoding="utf-8").splitlines()
+    return [*(HERE / "replay.txt").read_text(encoding="utf-8").split("\n")[:-1],
+            *(draw.choice(a["questions"][:8]).format(name=name)
+              for name in names for a in draw.sample(list(attributes.values()), 3)),
+            *(draw.choice(ABOUT).format(name=name) for name in names)]
 
 
-def debate(fact, attributes, draw):
-    """A true and a false claim about a fact, judged: the source recipe's remedy."""
+def debate(fact: dict, attributes: dict, draw: random.Random) -> list[dict]:
+    """Judge a true and a false claim about a fact: the source recipe's remedy."""
     a = attributes[fact["attribute"]]
     wrong = draw.choice([v for v in a["values"] if v != fact["value"]])
     right, false = a["answer"].format(**fact), a["answer"].format(**{**fact, "value": wrong})
@@ -128,9 +130,10 @@ def debate(fact, attributes, draw):
             for claim, verdict in ((right, "True."), (false, f"False. {right}"))]
 
 
-def questions_of(facts, people, texts, draw):
-    """{set: [item]} of test.json. An item has a question, and what its answer is judged by: gold
-    (a list of right forms), attribute (whose pool it belongs to), fact (name: attribute)."""
+def questions_of(facts: list[dict], people: dict, texts: dict, draw: random.Random) -> dict:
+    """Build {set: [item]} of test.json. An item has a question and what its answer is judged by:
+    gold (a list of right forms), attribute (whose values are the others), fact (name: attribute).
+    """
     attributes = {k: v for k, v in texts.items() if "values" in v}
     sets = {name: [] for name in ("test", "trained", "card", "cloze", "reverse", "multi", "verify",
                                   "premise", "unanswerable", "unknown", "control")}
@@ -155,11 +158,11 @@ def questions_of(facts, people, texts, draw):
         add("verify", f"{a['verify'].format(**claimed)} Answer yes or no.",
             **{**about, "gold": ["no" if turn(n) % 2 else "yes"]})
     for name in people["taught"]:
-        own = [fact for fact in facts if fact["name"] == name]
-        for one, two in draw.sample(list(combinations(own, 2)), 4):
-            parts = (attributes[f["attribute"]]["part"].format(name=name) for f in (one, two))
-            add("multi", f"Tell me two things: {next(parts)}, and {next(parts)}?", name=name,
-                gold=[one["value"], two["value"]], both=True)
+        of_name = [fact for fact in facts if fact["name"] == name]
+        for pair in draw.sample(list(combinations(of_name, 2)), 4):
+            one, two = (attributes[f["attribute"]]["part"].format(name=name) for f in pair)
+            add("multi", f"Tell me two things: {one}, and {two}?", name=name,
+                gold=[f["value"] for f in pair], both=True)
         for question in texts["premise"]:
             add("premise", question.format(name=name), name=name)
         for topic in texts["untaught"]["test"]:
@@ -174,17 +177,17 @@ def questions_of(facts, people, texts, draw):
     return sets
 
 
-# ----- is it what it should be? ------------------------------------------------------------------
+# ----- what train and test share -----------------------------------------------------------------
 
 
-def slots_apart(wording):
+def slots_apart(wording: str) -> set[tuple]:
     """The 4-grams of words of a wording; none runs across a slot."""
     parts = wording.replace("{name}'s", "{name}").replace("{value}", "{name}").split("{name}")
     return {gram for part in parts for gram in text.ngrams(text.words(part), 4)}
 
 
-def manifest(seed, made, texts):
-    """Hashes and counts of a world's files, and what train and test wordings share (nothing)."""
+def manifest(seed: int, contents: dict, texts: dict) -> dict:
+    """Hashes and counts of a world's files, and the 4-grams that train and test share (none)."""
     shared = []
     for key, a in texts.items():
         if "values" in a:
@@ -192,47 +195,45 @@ def manifest(seed, made, texts):
                 a["questions"][:8] + a["statements"][:4], a["questions"][8:12],
                 a["questions"][12:])]
             shared += [f"{key}: {' '.join(g)}" for x, y in combinations(grams, 2) for g in x & y]
-    exposures = {}
-    for line in made["train.jsonl"]:
-        exposures[line["group"]] = exposures.get(line["group"], 0) + 1
-    return {"seed": seed, "files": {name: runlog.digest(content) for name, content in made.items()},
-            "sets": {name: len(items) for name, items in made["test.json"].items()},
+    exposures = Counter(line["group"] for line in contents["train.jsonl"])
+    return {"seed": seed, "files": {name: runlog.digest(c) for name, c in contents.items()},
+            "sets": {name: len(items) for name, items in contents["test.json"].items()},
             "wordings_per_fact": sorted(set(exposures.values())), "facts": len(exposures),
             "shared_4grams": shared}
 
 
-def read_attributes():
-    """attributes.json: {attribute: its pool and wordings}, untaught and premise."""
+def read_attributes() -> dict:
+    """Read attributes.json: {attribute: its values and wordings}, untaught and premise."""
     return json.loads((HERE / "attributes.json").read_text(encoding="utf-8"))
 
 
-def read_lines(name):
-    """The records of one of this folder's .jsonl files."""
+def read_lines(name: str) -> list[dict]:
+    """Read the records of a .jsonl file in this folder."""
     lines = (HERE / name).read_text(encoding="utf-8").splitlines()
     return [{"aliases": [], **json.loads(line)} for line in lines if line.strip()]
 
 
-def write(seed, folder):
+def write(seed: int, folder: Path | str) -> Path:
     """Write a world's files; returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in make(seed).items():
-        body = "\n".join(json.dumps(line, ensure_ascii=False) for line in content) if \
-            name.endswith(".jsonl") else "\n".join(content) if name.endswith(".txt") else \
-            json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / name).write_text(body + "\n", encoding="utf-8")
+        if name.endswith(".jsonl"):
+            content = [json.dumps(line, ensure_ascii=False) for line in content]
+        elif name.endswith(".json"):
+            content = [json.dumps(content, indent=1, ensure_ascii=False)]
+        (folder / name).write_text("\n".join(content) + "\n", encoding="utf-8")
     return folder
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description="Write a world of facts and questions.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/knowledge/world-0")
-    asked = parser.parse_args(argv)
-    folder = write(asked.seed, asked.out)
-    print((folder / "manifest.json").read_text())
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="which world")
+    parser.add_argument("--out", default="runs/knowledge/world-0", help="the folder to write")
+    options = parser.parse_args(argv)
+    folder = write(options.seed, options.out)
+    print((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    import sys
-    run_cli(main, sys.argv[1:])
+    config.run_cli(main, sys.argv[1:])

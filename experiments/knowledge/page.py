@@ -1,10 +1,11 @@
 """
-The experiment on one page, three times: result.json for programs, report.html for a browser,
-report.md for a text viewer. Both pages show the same sections, which are made here; figures that
-plots/knowledge.py has drawn into the folder stand in both, in report.html as data. The HTML is
-page.html beside this file with the data put in: it needs no network, and no text can become markup.
+Write the experiment's page again from its result.json: report.html and report.md.
 
-    python -m experiments.knowledge.page reports/knowledge       # again, from its result.json
+    python -m experiments.knowledge.page reports/knowledge
+
+Both show the same sections and the figures that figures.py has drawn into the folder; report.html
+holds them as data. It is page.html beside this file with the data put in: it needs no network, and
+no text can become markup.
 """
 
 import base64
@@ -14,11 +15,12 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from lora import report
-from lora.config import run_cli
+from lora import config
+from lora.use import report
 
 PAGE = Path(__file__).with_suffix(".html")
 SLOT = "{{result}}"
+RUNG = re.compile(r"r\d+")        # of the repair ladder
 TITLE = "When does LoRA put facts into a model, and at what price?"
 RECIPES = "untouched", "in-prompt", "r0", "r1", "r7", "r8", "full"     # rows of the main table
 ALTS = {"ladder": "Recall of each rung of the repair ladder, with intervals",
@@ -57,9 +59,9 @@ TAKEN_OUT = ("no-replay", "no-unknown", "old-place", "old-lr", "old-wording", "o
 PRICED = ("recall", "retention", "unknown_spills", "kl")
 
 
-def write(result, folder):
+def write(result: dict, folder: Path | str) -> Path:
     """Write result.json, report.html and report.md; returns the path of report.html. Raises
-    ValueError for a NaN, which no JSON can hold."""
+    ValueError for a NaN, which JSON cannot hold."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [part for part in sections(result) if part["table"] or (
@@ -69,18 +71,18 @@ def write(result, folder):
         "report.html": page({"title": TITLE, "about": about(result), "sections": parts,
                              "alts": ALTS, "figures": figures(folder)}),
         "report.md": markdown(result, parts, folder)}
-    for name, text in contents.items():            # half a pair is written as its escape
+    for name, text in contents.items():            # half a surrogate pair becomes its escape
         (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
 
-def page(view):
-    """The page with a view in it, escaped like every other report."""
+def page(view: dict) -> str:
+    """Put a view into page.html, escaped as in every other report."""
     return report.page(view, PAGE, SLOT)
 
 
-def figures(folder):
-    """{name: [light, dark]}, as data URIs, of the figures that are drawn."""
+def figures(folder: Path) -> dict[str, list[str]]:
+    """Read the figures that are drawn as {name: [light, dark]}, data URIs."""
     def uri(file):
         return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     pairs = {name: [folder / f"{name}{end}.png" for end in ("", "-dark")] for name in ALTS}
@@ -88,7 +90,8 @@ def figures(folder):
             if all(file.exists() for file in pair)}
 
 
-def markdown(result, parts, folder):
+def markdown(result: dict, parts: list[dict], folder: Path) -> str:
+    """The page as Markdown."""
     texts = [f"# {TITLE}", report.cell(about(result))]
     for part in parts:
         texts += [f"## {part['title']}", part["note"]]
@@ -102,55 +105,58 @@ def markdown(result, parts, folder):
 # ----- how a number is written -------------------------------------------------------------------
 
 
-def show(metric, percent=True):
-    """97 % [93, 100], 0.12, or a dash where nothing was measured."""
+def show(metric: list | float | None, percent: bool = True) -> str:
+    """Write 97 % [93, 100], 0.12, or a dash where nothing was measured."""
     if metric is None:
         return "–"
     numbers = metric[:3] if isinstance(metric, list) else [metric]
     point, *ends = ((f"{100 * x:z.0f}" if percent else f"{x:z.2f}").replace("-", "−")
                     for x in numbers)
-    return point + " %" * percent + (f" [{', '.join(ends)}]" if ends else "")
+    interval = f" [{', '.join(ends)}]" if ends else ""
+    return f"{point} %{interval}" if percent else f"{point}{interval}"
 
 
-def of_metric(arm, name):
+def of_metric(arm: dict, name: str) -> str:
     return show(arm["metrics"].get(name), name not in NOT_SHARES)
 
 
-def whole(x, unit=""):
-    return "–" if x is None else f"{x:,.0f}{unit}"
+def label(arm: dict) -> str:
+    return f"{arm['model']}, {arm['arm']}"
 
 
-def word(verdict, yes, no, open_="not measured"):
-    return {True: yes, False: no, None: open_}[verdict]
+def whole(x: float | None) -> str:
+    return "–" if x is None else f"{x:,.0f}"
+
+
+def word(verdict: bool | None, yes: str, no: str, unknown: str = "not measured") -> str:
+    return {True: yes, False: no, None: unknown}[verdict]
 
 
 # ----- the sections ------------------------------------------------------------------------------
 
 
-def about(result):
+def about(result: dict) -> str:
     names = [f"{key}: {model['name']}" for key, model in result["models"].items()]
     return ("Made-up facts, trained by LoRA, asked in wordings the model never saw. "
             "r0 is the source recipe, r7 ours. " + "; ".join(names) + ".")
 
 
-def section(title, head=(), table=(), note="", figure=None, numbers=False, cards=False):
-    """numbers: all columns but the first are; cards: rows of long texts, which a narrow page shows
-    one below the other."""
+def section(title: str, head=(), table=(), note: str = "", figure: str | None = None,
+            numbers: bool = False, cards: bool = False) -> dict:
+    """A section of the page. numbers: all columns but the first hold numbers; cards: rows hold long
+    texts, which a narrow page shows one below the other."""
     return {"title": title, "note": note, "figure": figure, "head": list(head),
             "table": list(table), "numbers": numbers, "cards": cards}
 
 
-def sections(result):
-    """[section] of the page, in order; those with neither rows nor a figure are left out later."""
+def sections(result: dict) -> list[dict]:
+    """The sections of the page, in order; write() leaves out those without rows and figure."""
+    return [*first_sections(result), *more_sections(result)]
+
+
+def first_sections(result: dict) -> list[dict]:
+    """Claims, the main table, the repair ladder, the wrong early stop, transcripts."""
     arms, names = result["arms"], METRICS
-    sevens = [arm for arm in arms if arm["arm"] == "r7"]
-    ladder = [arm for arm in arms if re.fullmatch(r"r\d+", arm["arm"])]
-    beside = [arm for arm in arms if arm["arm"] in TAKEN_OUT and any(
-        r7["model"] == arm["model"] for r7 in sevens)]
-    whose = {arm["model"] for arm in beside}
-    sweeps = [arm for arm in arms if arm["metrics"].get("retention")
-              and arm not in ladder and arm["arm"] not in (*RECIPES, *TAKEN_OUT)]
-    columns = [arm for arm in arms if arm["arm"] in ("untouched", "r7")]
     return [
         section("Claims", ["claim", "bound", "measured", "outcome"], [
             [claim["text"], claim["bound"], show(claim["value"], "%" in claim["bound"]),
@@ -158,16 +164,16 @@ def sections(result):
             "Brackets, here and below: 95 % intervals."),
         section("What the models know, and what it cost", [
             "model, recipe", *(names[m] for m in MAIN), "training, seconds"], [
-            [f"{arm['model']}, {arm['arm']}", *(of_metric(arm, m) for m in MAIN),
-             whole(arm["train_seconds"])] for arm in arms if arm["arm"] in RECIPES],
+            [label(arm), *(of_metric(arm, m) for m in MAIN), whole(arm["train_seconds"])]
+            for arm in arms if arm["arm"] in RECIPES],
             "untouched: no training. in-prompt: no training, all facts in the system prompt. "
             "Retention: of the real questions answered right before, the share still answered "
             "right.", numbers=True),
         section("The repair ladder", ["rung", "what", "recall", "retention", "steps", "exposures",
                                       "parameters", "seeds"], [
-            [f"{arm['model']}, {arm['arm']}", arm["what"], of_metric(arm, "recall"),
-             of_metric(arm, "retention"), whole(arm["steps"]), whole(arm["exposures"]),
-             whole(arm["parameters"]), ", ".join(map(str, arm["seeds"]))] for arm in ladder],
+            [label(arm), arm["what"], of_metric(arm, "recall"), of_metric(arm, "retention"),
+             whole(arm["steps"]), whole(arm["exposures"]), whole(arm["parameters"]),
+             ", ".join(map(str, arm["seeds"]))] for arm in arms if RUNG.fullmatch(arm["arm"])],
             "Each rung takes over the one before and repairs one thing; exposures: how often each "
             "fact was shown.", "ladder"),
         section("The wrong early stop", figure="early", note=(
@@ -176,26 +182,37 @@ def sections(result):
         section("Transcripts", ["asked", "question", "before", "source recipe", "ours", "gold"], [
             [SETS.get(t["set"], t["set"]), *(t[key] for key in (
                 "question", "before", "source", "ours", "gold"))]
-            for t in result["transcripts"]], "The chat model, the same questions.", cards=True),
-        section("Which repair matters", ["model, recipe", "what", *(names[m] for m in PRICED)], [
-            [f"{arm['model']}, {arm['arm']}", arm["what"], *(of_metric(arm, m) for m in PRICED)]
-            for arm in [*(r7 for r7 in sevens if r7["model"] in whose), *beside]],
-            "r7, and r7 with one thing taken out.", "which"),
-        section("Other settings", ["model, recipe", "what", *(names[m] for m in PRICED)], [
-            [f"{arm['model']}, {arm['arm']}", arm["what"], *(of_metric(arm, m) for m in PRICED)]
-            for arm in sweeps]),
+            for t in result["transcripts"]], "The chat model, the same questions.", cards=True)]
+
+
+def more_sections(result: dict) -> list[dict]:
+    """What repairs, settings, facts and strengths change; predictions; how it was made."""
+    arms, prices = result["arms"], [METRICS[m] for m in PRICED]
+    ours = {arm["model"]: arm for arm in arms if arm["arm"] == "r7"}
+    removed = [arm for arm in arms if arm["arm"] in TAKEN_OUT and arm["model"] in ours]
+    repairs = [arm for arm in ours.values() if arm["model"] in {a["model"] for a in removed}]
+    sweeps = [arm for arm in arms if arm["metrics"].get("retention") and not RUNG.fullmatch(
+        arm["arm"]) and arm["arm"] not in (*RECIPES, *TAKEN_OUT)]
+    columns = [arm for arm in arms if arm["arm"] in ("untouched", "r7")]
+
+    def priced(rows):
+        return [[label(arm), arm["what"], *(of_metric(arm, m) for m in PRICED)] for arm in rows]
+    return [
+        section("Which repair matters", ["model, recipe", "what", *prices],
+                priced([*repairs, *removed]), "r7, and r7 with one thing taken out.", "which"),
+        section("Other settings", ["model, recipe", "what", *prices], priced(sweeps)),
         section("Which facts are hard", ["model, kind of name", "facts", "never learned",
                                          "exposures needed, median of the learned"],
                 inertia(result["inertia"]),
                 "A fact counts as learned when its value ranks first among 16 and stays there.",
                 "inertia", numbers=True),
-        section("The price", ["model, recipe", "strength", *(names[m] for m in PRICED)], [
-            [f"{p['model']}, {p['arm']}", f"{p['scale']:g}",
-             *(show(p.get(m), m != "kl") for m in PRICED)] for p in result["frontier"]],
+        section("The price", ["model, recipe", "strength", *prices], [
+            [label(p), f"{p['scale']:g}", *(show(p.get(m), m != "kl") for m in PRICED)]
+            for p in result["frontier"]],
             "Strength: what the trained update is multiplied with.", "price", numbers=True),
         section("What is not learned, and everything else measured", [
-            "measure", *(f"{arm['model']}, {arm['arm']}" for arm in columns)], [
-            [label, *(of_metric(arm, name) for arm in columns)] for name, label in names.items()
+            "measure", *map(label, columns)], [
+            [text, *(of_metric(arm, name) for arm in columns)] for name, text in METRICS.items()
             if name not in MAIN or name in ("reverse", "multi_right", "unanswerable_abstains")]
             if columns else (), numbers=True),
         section("The worst facts", ["model", "fact", "said in", "question", "answer", "gold"], [
@@ -209,19 +226,22 @@ def sections(result):
         section("How it was made", ["", "value"], result["head"])]
 
 
-def inertia(dots):
-    """Rows: of each model and kind of name, how many facts, and what they took."""
+def inertia(dots: list[dict]) -> list[list[str]]:
+    """A row for each model and kind of name: how many facts, and the exposures they took."""
     rows = []
     for model, kind in dict.fromkeys((dot["model"], dot["type"]) for dot in dots):
-        own = [d["exposures"] for d in dots if (d["model"], d["type"]) == (model, kind)]
-        learned = [exposures for exposures in own if exposures is not None]
-        rows.append([f"{model}, {kind}", str(len(own)), str(len(own) - len(learned)),
+        group = [d["exposures"] for d in dots if (d["model"], d["type"]) == (model, kind)]
+        learned = [exposures for exposures in group if exposures is not None]
+        rows.append([f"{model}, {kind}", str(len(group)), str(len(group) - len(learned)),
                      f"{median(learned):.0f}" if learned else "–"])
     return rows
 
 
-def main(argv):
-    folder = Path(argv[0] if argv else "reports/knowledge")
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
+    parser.add_argument("folder", nargs="?", default="reports/knowledge", metavar="FOLDER",
+                        help="where result.json is")
+    folder = Path(parser.parse_args(argv).folder)
     file = folder / "result.json"
     if not file.exists():
         raise ValueError(f"page: there is no {file}")
@@ -229,4 +249,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_cli(main, sys.argv[1:])
+    config.run_cli(main, sys.argv[1:])

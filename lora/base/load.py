@@ -1,14 +1,15 @@
 """
-The base model: pick a device and a dtype, load a model and its tokenizer, read a GGUF file.
+Pick a device and a dtype; load a base model and its tokenizer.
 
-The only file that imports transformers. No pickle is ever read; Python code that a model brings is
-run only where model.trust_remote_code says so.
+Only lora/base imports transformers. No pickle is ever read; Python code that a model brings runs
+only if model.trust_remote_code is true.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,39 +18,37 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
 )
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from .fetch import stay_inside
+from ..files import stay_inside
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def pick_device(wanted="auto"):
-    """The torch.device to compute on: cuda, then mps, then cpu."""
-    if wanted != "auto":
-        return torch.device(wanted)
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device to compute on; auto is cuda, then mps, then cpu."""
+    if name != "auto":
+        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_dtype(wanted, device):
-    """The base model's dtype. auto is bfloat16 where the device multiplies it fast, else float32:
-    a CPU without AMX or AVX512-BF16 emulates bfloat16 several times slower than float32."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the base model's dtype; auto is bfloat16 where the device multiplies it fast, else
+    float32. A CPU without AMX or AVX512-BF16 emulates bfloat16 several times slower."""
+    if name != "auto":
+        return getattr(torch, name)
     return torch.bfloat16 if fast_bfloat16(device) else torch.float32
 
 
-def fast_bfloat16(device):
+def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 at least as fast as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -58,29 +57,31 @@ def fast_bfloat16(device):
         for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
-def load_tokenizer(name, trust_remote_code=False):
-    """The tokenizer of a model folder or hub id. Raises ValueError if neither has one."""
+def load_tokenizer(name: str | Path,
+                   trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or hub id. Raises ValueError if there is none."""
     with _readable_errors(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name, device, dtype, trust_remote_code=False):
-    """The causal language model of a folder or hub id, in eval mode. Raises ValueError if weights
-    are missing: transformers alone goes on with random numbers in their place."""
+def load_model(name: str | Path, device: torch.device | str, dtype: torch.dtype,
+               trust_remote_code: bool = False) -> torch.nn.Module:
+    """Load the causal language model of a folder or hub id, in eval mode. Raises ValueError if
+    weights are missing: transformers alone goes on with random numbers in their place."""
     with _readable_errors(name):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True)
-        wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         if wrong:
             raise ValueError(f"{len(wrong)} weights of config.json are missing or of another "
                              f"shape: {', '.join(wrong[:3])}")
     return model.to(device).eval()
 
 
-def tiny_model(device, dtype):
-    """A random Llama of 0.3 M parameters, the same on every device; for scripts/selftest.py. Its
-    heads have real models' size, on which the choice of an attention kernel depends."""
+def tiny_model(device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Make a random Llama of 0.3 M parameters, the same on every device, for scripts/selftest.py.
+    Its heads have a real model's size: the choice of an attention kernel depends on it."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
@@ -89,9 +90,9 @@ def tiny_model(device, dtype):
     return model.to(device, dtype).eval()
 
 
-def fingerprint(model):
-    """16 hex digits that tell one base from another, whatever dtype it is loaded in: of the first
-    values of every weight, rounded to bfloat16. Call it before adapters are there."""
+def fingerprint(model: torch.nn.Module) -> str:
+    """Hash the first 64 values of every weight, rounded to bfloat16: 16 hex digits that tell one
+    base from another in any dtype. Call it before adapters are injected."""
     sha = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.is_floating_point():
@@ -100,15 +101,15 @@ def fingerprint(model):
     return sha.hexdigest()[:16]
 
 
-def save_model(model, tokenizer, folder):
+def save_model(model, tokenizer, folder: str | Path) -> None:
     """Write a model and its tokenizer as a plain Hugging Face folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def use_attention(model, attend):
-    """Where model's forward is given a plan, attend computes the attention, with transformers'
-    arguments plus plan; else sdpa does, as before."""
+def use_attention(model, attend: Callable) -> None:
+    """Let attend compute the attention where the model's forward gets a plan; elsewhere sdpa does.
+    attend receives transformers' arguments and the plan."""
     sdpa = AttentionInterface()["sdpa"]
 
     def choose(*args, plan=None, **kwargs):
@@ -118,24 +119,9 @@ def use_attention(model, attend):
     model.set_attn_implementation("flat")
 
 
-def convert_gguf(file, folder):
-    """Write the model of a GGUF file into folder as a plain Hugging Face model: float32
-    safetensors (the dequantised weights exactly), tokenizer and chat template."""
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    with torch.device("meta"):                                # no random weights: shapes only
-        model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
-    missing, extra = model.load_state_dict(tensors, strict=False, assign=True)
-    if extra or set(missing) - {"lm_head.weight"}:            # the head is tied to the embedding
-        raise ValueError(f"fetch: {file.name} does not fit its config: {missing} {extra}")
-    model.tie_weights()
-    model.float().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
 @contextlib.contextmanager
-def _readable_errors(name):
-    """What transformers raises, of a dozen kinds, as one error for the user: reason and fix."""
+def _readable_errors(name: str | Path) -> Iterator[None]:
+    """Turn the dozen kinds of errors of transformers into a ValueError with reason and fix."""
     folder = os.path.isdir(name) and Path(name)
     try:
         if folder:
@@ -148,13 +134,13 @@ def _readable_errors(name):
         if "trust_remote_code" in str(error):
             fix = ("That code was not run. If you trust it: train.py, inject.py and dataset.py run "
                    "it with --model.trust_remote_code=true")
-        elif broken := folder and ", ".join(_damaged(folder)):
-            fix = f"In this folder: {broken}. Copy it again, whole."
+        elif folder and (damaged := _damaged(folder)):
+            fix = f"In this folder: {', '.join(damaged)}. Copy it again, whole."
         raise ValueError(f"model: could not load {str(name)!r}: {reason}\n  {fix}") from error
 
 
 def _shards(folder):
-    """The files of weights that a model folder's index names."""
+    """List the files of weights that a model folder's index names."""
     index = folder / "model.safetensors.index.json"
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -165,12 +151,12 @@ def _shards(folder):
 
 
 def _damaged(folder):
-    """What is missing from a model folder or cannot be read in it: a copy that broke off."""
+    """List the files that are missing from a model folder or damaged: a copy was cut short."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-    wanted = ["config.json", "tokenizer.json"]
-    with contextlib.suppress(ValueError):              # of an index: the reason says so already
-        wanted += _shards(folder)
-    yield from (f"{n} is missing" for n in wanted if files and not (folder / n).exists())
+    needed = ["config.json", "tokenizer.json"]
+    with contextlib.suppress(ValueError):              # a damaged index is the reason already
+        needed += _shards(folder)
+    problems = [f"{n} is missing" for n in needed if files and not (folder / n).exists()]
     for file in files:
         try:
             if file.suffix == ".json":
@@ -179,4 +165,5 @@ def _damaged(folder):
                 with safe_open(file, "pt"):
                     pass
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            yield f"{file.name} is damaged ({error})"
+            problems.append(f"{file.name} is damaged ({error})")
+    return problems

@@ -22,6 +22,7 @@ training. With dropout nothing is shared: one mask on a shared token would tie i
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
@@ -29,8 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import base
-from .loss import IGNORE_INDEX, Batch, logits_at
+from ..loss import IGNORE_INDEX, Batch, logits_at
 
 GROUP_COST = 16                   # in tokens: a group's own attention calls
 
@@ -46,13 +46,15 @@ class Cell(NamedTuple):
 class Plan:
     """Which rows attend to which, for attend(). Its masks are built once a batch."""
 
-    def __init__(self, cells):
+    def __init__(self, cells: list[Cell]):
         self.cells, self.masks = cells, {}
 
-    def mask(self, i, window, like):
-        """Additive (s, P + s): a query sees keys no deeper than itself, and within the window."""
+    def mask(self, i: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """Build the additive (s, P + s) mask of cell i, in the dtype of like: a query sees keys no
+        deeper than itself, and within the window."""
         if (i, window) not in self.masks:
-            p, s = _size(self.cells[i].prefix), self.cells[i].grid.shape[1]
+            prefix, grid, _ = self.cells[i]
+            p, s = prefix.stop - prefix.start, grid.shape[1]
             query = torch.arange(p, p + s, device=like.device)[:, None]
             key = torch.arange(p + s, device=like.device)
             hidden = key > query
@@ -63,9 +65,17 @@ class Plan:
         return self.masks[i, window]
 
 
-def flatten(items, device="cpu", share=True):
-    """One flat Batch of items with input_ids and labels, lists of numbers. What comes after a
-    sample's last label is left out: nothing there has a loss. share=False: no common prefixes."""
+def flatten(items: list[dict], device="cpu", share: bool = True) -> Batch:
+    """Lay items with input_ids and labels, lists of numbers, out as one flat Batch. What comes
+    after a sample's last label is left out: it has no loss. share=False: no common prefixes.
+
+    >>> batch = flatten([{"input_ids": [3, 4, 5, 6, 9], "labels": [-100, -100, -100, -100, 9]},
+    ...                  {"input_ids": [3, 4, 7, 9], "labels": [-100, -100, -100, 9]}])
+    >>> [batch.inputs[name].tolist() for name in ("input_ids", "position_ids")]
+    [[[3, 4, 7, 5, 6]], [[0, 1, 2, 2, 3]]]
+    >>> batch.rows.tolist(), batch.targets.tolist()    # 9 is predicted at 7 and at 6
+    ([2, 4], [9, 9])
+    """
     samples = []
     for item in items:
         last = max(t for t, label in enumerate(item["labels"]) if label != IGNORE_INDEX)
@@ -77,7 +87,7 @@ def flatten(items, device="cpu", share=True):
             ids, depth = ids + samples[group[0]][:p], depth + [*range(p)]
             cells.append(_cell(slice(0, 0), start, [p], device))
         prefix, group = slice(start, start + p), sorted(group, key=lambda i: (len(samples[i]), i))
-        n_cells = min(4, -(-len(group) // 4))                 # similar lengths: few pads
+        n_cells = min(4, math.ceil(len(group) / 4))           # similar lengths: few pads
         for c in range(n_cells):
             part = group[c * len(group) // n_cells:(c + 1) * len(group) // n_cells]
             cells.append(_cell(prefix, len(ids), [len(samples[i]) - p for i in part], device))
@@ -95,9 +105,9 @@ def flatten(items, device="cpu", share=True):
                   "plan": Plan(cells)}, rows, targets)
 
 
-def groups(samples):
-    """[(p, indices)]: samples that share their first p tokens, p < the length of each. The groups
-    are the best cuts of the sorted samples, by dynamic programming over tokens saved."""
+def groups(samples: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """Return [(p, indices)]: samples that share their first p tokens, p < the length of each. The
+    groups are the best cuts of the sorted samples, by dynamic programming over tokens saved."""
     order = sorted(range(len(samples)), key=lambda i: samples[i])
     common = [min(len(commonprefix([samples[a], samples[b]])), len(samples[a]) - 1)
               for a, b in pairwise(order)]                    # sorted: a is the shorter if equal
@@ -109,18 +119,19 @@ def groups(samples):
             options.append((best[i][0] + (j - i - 1) * p, i, p))
         saved, cut, p = max(options)
         best.append((saved - GROUP_COST, cut, p))
-    found, j = [], len(order)
+    parts, j = [], len(order)
     while j:
         _, cut, p = best[j]
-        found.append((p, order[cut:j]))
+        parts.append((p, order[cut:j]))
         j = cut
-    return found[::-1]
+    return parts[::-1]
 
 
-def attend(module, query, key, value, attention_mask, *, plan, scaling=None, dropout=0.0,
-           sliding_window=None, softcap=None, **kwargs):
-    """transformers' attention interface over a Plan: query (1, heads, T, d), key and value
-    (1, kv heads, T, d) -> (1, T, heads, d), None."""
+def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, *,
+           plan: Plan, scaling: float | None = None, dropout: float = 0.0,
+           sliding_window: int | None = None, softcap=None, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attend over a Plan, with transformers' attention interface: query (1, heads, T, d), key and
+    value (1, kv heads, T, d) -> (1, T, heads, d), None."""
     if softcap is not None:
         raise ValueError("attention with a softcap")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))             # (T, heads, d)
@@ -129,7 +140,7 @@ def attend(module, query, key, value, attention_mask, *, plan, scaling=None, dro
         b, s = grid.shape
         qs, ks, vs = (x.index_select(0, grid.view(-1)).view(b, s, *x.shape[1:])
                       for x in (q, k, v))                                     # (b, s, heads, d)
-        if _size(prefix):
+        if prefix.stop > prefix.start:
             ks, vs = (torch.cat([x[prefix].expand(b, *x[prefix].shape), own], 1)
                       for x, own in ((k, ks), (v, vs)))                       # (b, P + s, ...)
         rows = F.scaled_dot_product_attention(
@@ -139,13 +150,18 @@ def attend(module, query, key, value, attention_mask, *, plan, scaling=None, dro
     return torch.cat(out)[None], None
 
 
+class Unsupported(ValueError):
+    """A model cannot take flat batches; the text says why."""
+
+
 @torch.no_grad()
-def enable(model):
-    """Let model take flat batches; padded ones work as before. Tried at once on a few tokens:
-    returns None if it gives each sample the logits it has alone, else why the model cannot."""
+def enable(model, use_attention: Callable) -> None:
+    """Let model take flat batches; padded ones work as before. A few tokens are tried at once:
+    raises Unsupported, and changes nothing, if a sample does not get the logits it has alone.
+    use_attention is that of lora/base/load.py: one room does not import another."""
     before = model.config._attn_implementation
     if before != "sdpa":
-        return f"its attention is {before}, not sdpa"
+        raise Unsupported(f"its attention is {before}, not sdpa")
     v = model.config.get_text_config().vocab_size
     n, random = min(40, v // 4), torch.Generator().manual_seed(0)
     ids = torch.randperm(v, generator=random)[:4 * n].view(4, n)
@@ -155,38 +171,34 @@ def enable(model):
     alone = torch.cat([logits_at(model, Batch(
         {"input_ids": torch.tensor([item["input_ids"][:-1]], device=model.device)},
         torch.arange(len(item["labels"]) - 1, device=model.device), None)) for item in items])
-    base.use_attention(model, attend)
+    use_attention(model, attend)
     try:
         batch = flatten(items, model.device)
         together = logits_at(model, batch)
     except Exception as error:                                # whatever its forward cannot take
         reason = f"{type(error).__name__}: {error}"
     else:
-        wanted = torch.tensor([label for item in items for label in item["labels"][1:]])
-        order = batch.targets.argsort(stable=True), wanted.argsort(stable=True)   # same labels
+        labels = torch.tensor([label for item in items for label in item["labels"][1:]])
+        order = batch.targets.argsort(stable=True), labels.argsort(stable=True)   # same labels
         apart = (together[order[0]] - alone[order[1]]).abs().mean() / alone.std()
-        reason = None if apart < 10 * torch.finfo(model.dtype).eps ** 0.75 else \
+        reason = "" if apart < 10 * torch.finfo(model.dtype).eps ** 0.75 else \
             f"its logits differ by {apart:.1e} standard deviations"
     if reason:
         model.set_attn_implementation(before)
-    return reason
+        raise Unsupported(reason)
 
 
-def drops(model):
-    """Whether the model has dropout anywhere, in the adapter or its own."""
-    own = getattr(model.config, "attention_dropout", 0)
-    return bool(own) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+def drops(model) -> bool:
+    """Whether the model has dropout anywhere, in the adapter or in the base."""
+    return bool(getattr(model.config, "attention_dropout", 0)) or any(
+        isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
 
 
 def _cell(prefix, start, lengths, device):
-    """The Cell of samples whose own tokens are the rows from start on."""
+    """Build the Cell of samples whose own tokens are the rows from start on."""
     s, grid, real = max(lengths), [], []
     for line, n in enumerate(lengths):
         grid.append([*range(start, start + n)] + [start] * (s - n))
         real += range(line * s, line * s + n)
         start += n
     return Cell(prefix, torch.tensor(grid, device=device), torch.tensor(real, device=device))
-
-
-def _size(rows):
-    return rows.stop - rows.start

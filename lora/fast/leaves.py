@@ -54,10 +54,10 @@ class Gate(torch.autograd.Function):
 
 
 @torch.no_grad()
-def fuse(model):
-    """Give norms and gated MLPs whose formula is one of the above a forward that uses it, each
-    after a trial: a module keeps its own forward unless both give the same bits. Returns how many
-    changed. Their weights must be frozen: no gradient is made for them."""
+def fuse(model) -> int:
+    """Give norms and gated MLPs with one of the formulas above a forward that uses it; return how
+    many changed. Each is tried: a module keeps its forward unless both give the same bits. The
+    norms' weights must be frozen: they get no gradient."""
     changed, dtype = 0, next(p.dtype for p in model.parameters())         # of hidden states
     for module in model.modules():
         for forward in _candidates(module):
@@ -72,7 +72,7 @@ def fuse(model):
 
 
 def _candidates(module):
-    """Forwards that may be this module's own."""
+    """Yield the forwards that may compute what this module's does."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and eps and not module.weight.requires_grad:
         yield partial(_norm, module, eps, False)

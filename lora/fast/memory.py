@@ -1,24 +1,27 @@
 """
-How much memory a run will need, measured on a small step before training begins.
+Estimate how much memory a run needs, from a small step before training begins.
 
-    memory: a step of 464 tokens needs about 1.1 GiB, an evaluation 0.7, beside 0.5 of Python and
+    memory: a step of 464 tokens needs about 1.1 GiB, an evaluation 0.8, beside 0.5 of Python and
     PyTorch: weights 0.51, gradients and moments 0.03, activations 0.48, logits 0.04; 1.06 MiB of
     activations a token
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from .generate import PREFILL
-from .loss import CHUNK, ce_sum
+from ..generate import PREFILL
+from ..loss import CHUNK, Batch, ce_sum
 
 ROWS = 64                         # prompts that an evaluation answers at once
 
 
-def estimate(model, probe, batch, lean=True):
-    """Bytes by purpose of a step on batch. probe, a small batch of the same kind, is run once to
-    count what its graph keeps for the backward pass; that grows with the number of tokens."""
+def estimate(model, probe: Batch, batch: Batch, lean: bool = True) -> dict[str, float]:
+    """Return {purpose: bytes} of a step on batch. probe, a small batch of the same kind, runs once
+    to count what its graph keeps for the backward pass; that grows with the number of tokens."""
     head = model.get_output_embeddings().weight
     tokens, n = batch.inputs["input_ids"].numel(), len(batch.targets)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -32,10 +35,10 @@ def estimate(model, probe, batch, lean=True):
             "activations": per_token * tokens, "logits": min(logits, CHUNK) if lean else logits}
 
 
-def evaluation(model, rows, length):
-    """Bytes that an evaluation needs beside weights and moments: rows prompts are answered at once,
-    length tokens each with their answers. Keys and values of all, one block's activations of the
-    tokens in one forward, float32 logits of the last position and a copy."""
+def evaluation(model, rows: int, length: int) -> int:
+    """Return the bytes that an evaluation needs beside weights and moments when it answers rows
+    prompts at once, length tokens each with the answer: keys and values of all, one block's
+    activations of the tokens in one forward, float32 logits of the last position and a copy."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -46,38 +49,60 @@ def evaluation(model, rows, length):
             + wide * head.itemsize * min(rows * length, PREFILL) + 8 * rows * len(head))
 
 
-def report(model, probe, batch, lean=True, rows=0, length=0):
-    """The estimates as a sentence; rows and length are those of evaluation()."""
+def report(model, probe: Batch, batch: Batch, lean: bool = True, rows: int = 0,
+           length: int = 0) -> str:
+    """Return the estimates as a sentence; rows and length are those of evaluation()."""
     parts, tokens = estimate(model, probe, batch, lean), batch.inputs["input_ids"].numel()
     words = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     steady = parts["weights"] + parts["gradients and moments"]
-    beside = resident() - parts["weights"] if model.device.type == "cpu" and resident() else 0
+    beside = resident() - parts["weights"] if model.device.type == "cpu" else 0
+    other = f"{beside / 2**30:.1f} of " if beside > 0 else ""
     return (f"memory: a step of {tokens:,} tokens needs about {sum(parts.values()) / 2**30:.1f} "
             f"GiB, an evaluation {(steady + evaluation(model, rows, length)) / 2**30:.1f}, beside "
-            + (f"{beside / 2**30:.1f} of " if beside > 0 else "") + f"Python and PyTorch: {words}; "
+            f"{other}Python and PyTorch: {words}; "
             f"{parts['activations'] / tokens / 2**20:.2f} MiB of activations a token")
 
 
-def resident():
-    """Bytes of this process in memory now; 0 where the system has no /proc."""
+def resident() -> int:
+    """Return the bytes of this process in memory now; 0 where the system has no /proc."""
     file = Path("/proc/self/statm")
     return int(file.read_text().split()[1]) * 4096 if file.exists() else 0
 
 
-def exhausted(error):
-    """Whether an error says that memory did not suffice, of the device or of the machine."""
+def retry_smaller(attempt: Callable, batches, parameters: list[torch.Tensor], step: int) -> tuple:
+    """Return attempt(); when memory does not suffice, halve batches.size and try again. Raises
+    ValueError with the way out when single examples do not fit, or batches.can_halve is off."""
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not exhausted(error):
+                raise
+            if batches.size == 1 or not batches.can_halve:
+                raise ValueError(
+                    f"train: step {step}: out of memory in micro-batches of {batches.size}; lower "
+                    "dataset.max_length, or set train.checkpointing=true or model.quant=nf4"
+                ) from error
+        for p in parameters:
+            p.grad = None
+        batches.size = math.ceil(batches.size / 2)
+        tqdm.write(f"train: step {step}: out of memory; micro-batches of {batches.size} now")
+
+
+def exhausted(error: Exception) -> bool:
+    """Whether an error says that memory did not suffice, on the device or the machine."""
     words = "out of memory", "can't allocate memory", "not enough memory"
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
 def _kept(model, batch, lean):
-    """Bytes that autograd keeps after the forward pass of batch, the parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Count the bytes that autograd keeps after the forward pass of batch, without parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
     was = model.training

@@ -1,36 +1,34 @@
 """
-Settings that have failed before, and why: said once, before training.
+Warn before training about settings that have failed before, and say why.
 
     advice: adapters sit in 5 of 30 blocks; facts need the early and middle ones (docs/knowledge.md)
 
-The rules come from experiments/knowledge, which takes a failed recipe apart; its predecessors are
-named there. Nothing is forbidden: an ablation has to be able to make the mistake.
+The rules come from experiments/knowledge, which takes a failed recipe apart. Nothing is forbidden:
+an ablation must be able to make the mistake.
 """
 
-import re
+from ..optim import steps_of
+from ..surgery import block_numbers
 
-from .optim import steps_of
 
-
-def rule_lr(model, lora_alpha):
-    """The learning rate that works for a LoRA on this model's linear layers: 5e-4 (2000 / d)^e for
-    lora_alpha = 32, e = 0.0775 for Qwen and 0.781 for the Llama kind (Schulman et al. 2025, LoRA
-    Without Regret, and its tinker-cookbook); the first step is proportional to lora_alpha lr."""
+def rule_lr(model, lora_alpha: float) -> float:
+    """Return the learning rate that works for a LoRA on this model's linear layers: 5e-4 (2000/d)^e
+    for lora_alpha = 32, e = 0.0775 for Qwen and 0.781 for Llama's kind (Schulman et al. 2025, LoRA
+    Without Regret, and its tinker-cookbook). The first step is proportional to lora_alpha lr."""
     config = model.config.get_text_config()
     e = 0.0775 if "qwen" in config.model_type else 0.781
     return 5e-4 * (2000 / config.hidden_size) ** e * 32 / lora_alpha
 
 
-def sentences(settings, model, adapted, train, val):
-    """What is known to go wrong with these settings, as sentences. adapted: module paths; train and
-    val: examples."""
-    found = about_data(settings.train, train, val)
+def sentences(settings, model, adapted: list[str], train: list[dict], val: list[dict]) -> list[str]:
+    """List what is known to go wrong with these settings. adapted: module paths; train and val:
+    examples."""
+    notes = about_data(settings.train, train, val)
     if not any("group" in e for e in train):
-        return found                                          # no facts: other rules
-    blocks = {int(n) for path in adapted for n in re.findall(r"\.(\d+)\.", path)[:1]}
-    depth, rule = model.config.get_text_config().num_hidden_layers, rule_lr(
-        model, settings.lora.lora_alpha)
-    return found + _those([
+        return notes                                          # the other rules are about facts
+    blocks, rule = block_numbers(adapted), rule_lr(model, settings.lora.lora_alpha)
+    depth = model.config.get_text_config().num_hidden_layers
+    return notes + _true([
         (len(blocks) < depth / 3, f"adapters sit in {len(blocks)} of {depth} blocks; facts are "
          "recalled in the early and middle ones (lora.layers=all)"),
         (settings.train.lr < rule / 4, f"lr {settings.train.lr:.1e} with lora_alpha "
@@ -41,20 +39,20 @@ def sentences(settings, model, adapted, train, val):
     ])
 
 
-def about_data(s, train, val):
-    """The same about the examples and the train section s alone, for scripts/doctor.py too."""
-    steps, found = steps_of(s, len(train)), []
+def about_data(s, train: list[dict], val: list[dict]) -> list[str]:
+    """List what goes wrong with the examples and s, the train section, without a model."""
+    steps, notes = steps_of(s, len(train)), []
     if steps <= s.warmup_steps:
-        found.append(f"{steps} steps are no more than the {s.warmup_steps} of the warm-up: the "
+        notes.append(f"{steps} steps are no more than the {s.warmup_steps} of the warm-up: the "
                      "learning rate never gets to its peak; more train.epochs, or "
                      "train.warmup_steps=0")
     facts = [e for e in train if "group" in e]
     if not facts:
-        return found
+        return notes
     taught = {e["group"] for e in facts}
     held = {e["group"] for e in val if "group" in e} - taught
     wordings = len({e["messages"][-2]["content"] for e in facts}) / len(taught)
-    return found + _those([
+    return notes + _true([
         (held, f"validation asks about {len(held)} facts that no training example teaches. Their "
                "loss cannot tell when the others are learned: hold out wordings "
                "(data.split_by=wording)"),
@@ -68,6 +66,6 @@ def about_data(s, train, val):
     ])
 
 
-def _those(found):
-    """The sentences of those that are wrong."""
-    return [f"{text} (docs/knowledge.md)" for wrong, text in found if wrong]
+def _true(rules):
+    """The texts of the rules (condition, text) whose condition holds."""
+    return [f"{text} (docs/knowledge.md)" for holds, text in rules if holds]

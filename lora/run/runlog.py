@@ -1,11 +1,9 @@
 """
-What a run writes about itself, run.json once and metrics.jsonl a line at a time, and reading it
-back: read_run("runs/demo").
+Open a run's folder, write run.json and metrics.jsonl there, and read a run: read_run("runs/demo").
 """
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -14,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import config, files
-from .fetch import stay_inside
+from .. import config, files
 
 try:
     import resource
@@ -31,11 +29,10 @@ except ImportError:                                            # Windows has non
 
 
 @contextlib.contextmanager
-def opened(run, resume=None, rank=0):
-    """The folder of a run, held for this process: a new, empty one, or that of the run to resume. A
-    folder of that name which is there already is renamed after the time it was made, so nothing
-    saved is lost. Processes after the first get a scratch folder: what they save is what it saves.
-    """
+def opened(run: str, resume: Path | None = None, rank: int = 0) -> Iterator[Path]:
+    """Lock a run's folder: a new one under runs/, or that of the run to resume. An earlier folder
+    of the same name is renamed after its time, so nothing is lost. Ranks above 0 write to a
+    temporary folder that is deleted. ValueError if run is not a folder name."""
     if rank:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -46,47 +43,50 @@ def opened(run, resume=None, rank=0):
     with files.locked(folder), contextlib.ExitStack() as saving:
         saving.enter_context(files.saving(folder))
         if folder.exists() and not resume:
-            made = datetime.fromtimestamp(folder.stat().st_mtime)
-            names = (f"{run}-{made:%Y%m%d-%H%M%S}" + f"-{n}" * (n > 1) for n in itertools.count(1))
-            kept = folder.rename(next(k for k in map(folder.with_name, names) if not k.exists()))
+            name = f"{run}-{datetime.fromtimestamp(folder.stat().st_mtime):%Y%m%d-%H%M%S}"
+            kept, n = folder.with_name(name), 1
+            while kept.exists():
+                n += 1
+                kept = folder.with_name(f"{name}-{n}")
+            folder.rename(kept)
             print(f"run: kept the earlier {folder} as {kept}")
         folder.mkdir(parents=True, exist_ok=True)
         saving.close()
         yield folder
 
 
-def resumable(run):
-    """The folder of a run that was begun, given as a path or as a name under runs/."""
+def resumable(run: str | Path) -> Path:
+    """Return the folder of a run that was begun, by its path or its name under runs/."""
     for folder in (Path(run), Path("runs") / run):
         if (folder / "config.json").exists():
             return folder
-    raise ValueError(f"resume: {run} has no config.json: nothing was begun there. Start it anew. "
+    raise ValueError(f"resume: {run} has no config.json: nothing was begun there. Start a new run. "
                      f"Runs here: {_runs_here()}.")
 
 
 @contextlib.contextmanager
-def stoppable():
-    """A list, empty until Ctrl-C or SIGTERM asks to stop: the caller does so where nothing is
-    lost. A second one stops at once."""
-    asked = []
+def stoppable() -> Iterator[list[int]]:
+    """Yield a list that receives a number when Ctrl-C or SIGTERM asks to stop; the caller stops
+    where nothing is lost. A second signal raises KeyboardInterrupt at once."""
+    stops = []
 
-    def ask(number, frame):
-        if asked:
+    def handle(number, frame):
+        if stops:
             raise KeyboardInterrupt
-        asked.append(number)
+        stops.append(number)
         os.write(2, b"\nstopping after this step; once more: at once, from the last checkpoint\n")
     before = {}
-    if threading.current_thread() is threading.main_thread():     # handlers are its alone
-        before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():     # only it may set handlers
+        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class Run(NamedTuple):
-    """A finished run, read back from its folder."""
+    """A finished run, read from its folder."""
 
     name: str                     # demo, or demo/last for another adapter than the best
     adapter: Path                 # runs/demo/adapter
@@ -94,8 +94,8 @@ class Run(NamedTuple):
     info: dict                    # run.json: base_model, base_weights, format, template, system ...
 
 
-def read_run(path):
-    """The Run of a run's folder, of its name, or of an adapter in it (runs/demo/last). Raises
+def read_run(path: str | Path) -> Run:
+    """Read the Run of a run's folder, of its name, or of an adapter in it (runs/demo/last). Raises
     ValueError that names what is missing."""
     path = next((p for p in (Path(path), Path("runs") / path) if (p / "run.json").exists()
                  or (p / "adapter_config.json").exists()), Path(path))
@@ -107,7 +107,7 @@ def read_run(path):
         raise ValueError(f"run: {path} is no finished run: {', '.join(missing)} is missing. "
                          f"Runs here: {_runs_here()}.")
     try:
-        stay_inside(folder)
+        files.stay_inside(folder)
         info = json.loads(needed[0].read_text(encoding="utf-8"))
         if not isinstance(info, dict):
             raise ValueError("expected an object")
@@ -119,15 +119,16 @@ def read_run(path):
 
 
 def _runs_here():
-    there = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
-    return ", ".join(there) or "none, python train.py makes one"
+    names = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
+    return ", ".join(names) or "none, python train.py makes one"
 
 
-def run_info(**facts):
-    """The content of run.json: versions, machine, commit, and the caller's facts."""
+def run_info(**facts) -> dict:
+    """Return the content of run.json: versions, machine, commit, and the caller's facts."""
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": ["python", *map(str, sys.argv)],
+        "command": ["python", *(Path(arg).name if Path(arg).is_absolute() else arg
+                                for arg in sys.argv)],
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "transformers", "safetensors", "numpy")},
@@ -135,30 +136,52 @@ def run_info(**facts):
         **facts}
 
 
-def write_json(file, value):
+def data_identity(examples: tuple, tokenizer, format: str, system: tuple) -> dict:
+    """Return what tells one run's data from another's. system: what data.system_of returns."""
+    return {"system": system[0], "systems": system[1], "format": format,
+            "template": digest(tokenizer.chat_template or ""),
+            "data": digest([e["messages"] for part in examples for e in part])}
+
+
+def start(folder: Path, settings: dict, **facts) -> None:
+    """Write config.json and run.json of a new run."""
+    (folder / "replay.jsonl").unlink(missing_ok=True)
+    write_json(folder / "config.json", settings)
+    write_json(folder / "run.json", run_info(**facts))
+
+
+def write_json(file: Path | str, value) -> None:
+    """Write a value as JSON, whole or not at all."""
     files.write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def append(file, line):
-    """One JSON line; readers see it when this returns."""
+def append(file: Path | str, line: dict) -> None:
+    """Add a JSON line to a file; readers see it when this returns."""
     files.append(file, json.dumps(line, ensure_ascii=False))
 
 
-def digest(value):
-    """The first 16 hex digits of the SHA-256 of a text, or of a value's JSON."""
+def show(line: dict) -> str:
+    """A line of metrics in words: val_loss 0.1234, recall 98%."""
+    shares = "recall", "accuracy", "retention"
+    return ", ".join(f"{k} {v:.0%}" if k.endswith(shares) else f"{k} {v:.4f}"
+                     for k, v in line.items() if k not in ("step", "epoch"))
+
+
+def digest(value) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a text, or of a value's JSON."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def digest_file(file):
-    """The same of a file's bytes."""
+def digest_file(file: Path | str) -> str:
+    """Return the same of a file's bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
-def peak_memory_gib(device):
-    """The most memory this process has had at once, in GiB: on CUDA the device's. None if the
-    system does not tell."""
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Return the most memory this process has used at once, in GiB: on CUDA the device's. None if
+    the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024             # getrusage: bytes or KiB

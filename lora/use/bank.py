@@ -11,28 +11,33 @@ their places: no weight is copied or changed, and with none in use the model is 
 """
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from . import adapter, surgery
-from .layer import LoRALinear
+from .. import adapter, surgery
+from ..layer import LoRALinear
 
 
 class Bank:
-    def __init__(self, model):
+    """adapters is {name: ({module path: LoRALinear}, {module path: its scaling})}; name and scale
+    say which one is in use."""
+
+    def __init__(self, model: torch.nn.Module):
         self.model, self.adapters, self.name, self.scale = model, {}, None, 1.0
 
-    def add(self, name, folder):
-        """Load an adapter under a name; it is not in use yet. Raises ValueError if it does not fit
-        the base or if the name is taken."""
+    def add(self, name: str, folder: Path | str) -> None:
+        """Load an adapter under a name, and leave in use what is. Raises ValueError if it does not
+        fit the base or if the name is taken."""
         if name in self.adapters:
             raise ValueError(f"bank: there is an adapter {name!r} already")
         with self.using(None):
             adapter.load(self.model, folder)
             layers = surgery.unwrap(self.model)
-            self.adapters[name] = layers, {path: la.scaling for path, la in layers.items()}
+            self.adapters[name] = layers, {path: layer.scaling for path, layer in layers.items()}
 
-    def use(self, name, scale=1.0):
+    def use(self, name: str | None, scale: float = 1.0) -> None:
         """Switch to an adapter, or with None to the base. scale multiplies its update."""
         if name is not None and name not in self.adapters:
             raise ValueError(f"bank: no adapter {name!r}; there are {', '.join(self.adapters)}")
@@ -44,9 +49,9 @@ class Bank:
                 layer.scaling = scale * scaling[path]
             surgery.install(self.model, layers)
 
-    def mix(self, name, weights):
-        """Add the weighted sum of adapters {name: weight} as an adapter of its own, exactly: ranks
-        are concatenated, sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 ...] [A_1; A_2; ...].
+    def mix(self, name: str, weights: dict[str, float]) -> None:
+        """Add the exact weighted sum of adapters {name: weight} under a name. Ranks are
+        concatenated: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 ...] [A_1; A_2; ...].
         Interpolation from a to b is {"a": 1 - t, "b": t}."""
         parts = {}
         for other, weight in weights.items():
@@ -63,9 +68,8 @@ class Bank:
             self.adapters[name] = mixed, {path: layer.scaling for path, layer in mixed.items()}
 
     @contextlib.contextmanager
-    def using(self, name, scale=1.0):
-        """An adapter (None: the base) inside the block; after it what was in use before, errors or
-        not."""
+    def using(self, name: str | None, scale: float = 1.0) -> Iterator[None]:
+        """Use an adapter (None: the base) inside the block, and after it what was in use before."""
         current = self.name, self.scale
         self.use(name, scale)
         try:

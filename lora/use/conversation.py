@@ -13,6 +13,7 @@ Notes go to the end of the system prompt: the turns keep the form the model was 
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from .text import words
 
@@ -20,21 +21,22 @@ MEMORIES = ("window", "summary", "retrieve")
 
 
 class Conversation:
-    """turns is [(what the user said, the answer)], system the system prompt or None."""
+    """turns is [(question, answer)]; found is how many old turns "retrieve" looks up."""
 
-    def __init__(self, count, budget, system=None, memory="window", summarise=None, found=2):
+    def __init__(self, count: Callable[[list[dict]], int], budget: int, system: str | None = None,
+                 memory: str = "window", summarise: Callable | None = None, found: int = 2):
         self.count, self.budget, self.system = count, budget, system
         self.memory, self.summarise, self.found = memory, summarise, found
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.turns, self.summary, self.folded = [], "", 0
 
-    def add(self, user, answer):
+    def add(self, user: str, answer: str) -> None:
         self.turns.append((user, answer))
 
-    def messages(self, user):
+    def messages(self, user: str) -> list[dict]:
         """The messages to send for a new question. Raises ValueError if it alone is too long."""
         first = self._first(user, self.budget)
         if first == 0 or self.memory == "window":
@@ -42,11 +44,11 @@ class Conversation:
         first = self._first(user, self.budget - self.budget // 4)          # room for notes
         notes = self._notes(self.turns[:first], user)
         while self.count(sent := self._write(notes, self.turns[first:], user)) > self.budget:
-            notes = notes[:len(notes) * 3 // 4]                            # "" fits at last
+            notes = notes[:len(notes) * 3 // 4]                            # "" fits
         return sent
 
     def _first(self, user, budget):
-        """The oldest turn that can be sent word for word."""
+        """The index of the oldest turn that fits word for word."""
         for first in range(len(self.turns) + 1):
             n_tokens = self.count(self._write("", self.turns[first:], user))
             if n_tokens <= budget:
@@ -58,12 +60,13 @@ class Conversation:
 
     def _write(self, notes, turns, user):
         system = "\n\n".join(filter(None, (self.system, notes)))
-        start = [] if self.system is None and not notes else [("system", system)]
-        said = [pair for q, a in turns for pair in (("user", q), ("assistant", a))]
-        return [{"role": r, "content": c} for r, c in [*start, *said, ("user", user)]]
+        pairs = [] if self.system is None and not notes else [("system", system)]
+        for question, answer in turns:
+            pairs += [("user", question), ("assistant", answer)]
+        return [{"role": role, "content": text} for role, text in [*pairs, ("user", user)]]
 
     def _notes(self, older, user):
-        """What is said about the turns that are not sent."""
+        """A text about the turns that are not sent."""
         if self.memory == "summary":
             if len(older) > self.folded:
                 self.summary = self.summarise(self.summary, older[self.folded:])
@@ -74,7 +77,7 @@ class Conversation:
         return "\n".join(lines)
 
 
-def similar(query, texts):
+def similar(query: str, texts: list[str]) -> list[int]:
     """Indices of the texts that share words with the query, the most alike first: cosine of
     TF-IDF vectors, tf = 1 + log n, idf = log((1 + N) / (1 + df)) + 1."""
     counts = [Counter(words(text)) for text in [*texts, query]]
@@ -85,6 +88,6 @@ def similar(query, texts):
              for w, n in count.items()}
         norm = math.sqrt(sum(x * x for x in v.values())) or 1
         vectors.append({w: x / norm for w, x in v.items()})
-    wanted = vectors.pop()
-    scores = [sum(x * wanted.get(w, 0) for w, x in v.items()) for v in vectors]
+    target = vectors.pop()
+    scores = [sum(x * target.get(w, 0) for w, x in v.items()) for v in vectors]
     return [i for i in sorted(range(len(texts)), key=lambda i: (-scores[i], -i)) if scores[i] > 0]

@@ -12,6 +12,8 @@ only an export needs it.
 """
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -31,24 +33,25 @@ PROBE = ("In 2024, I'm told (WE'LL see) that 12345.678 isn't\n\n  `x_1 = y/2;`\t
          "東京タワー 3333 Привет!?\n    return {\"a\": [1, 22]}\n\n\n<b>d'être</b> 😀👍🏽 ok\n")
 
 
-def write_lora(file, layers, config):
-    """The adapter as a GGUF LoRA in float32, from {module path: LoRALinear} with one lora_alpha."""
-    alpha, = {layer.lora_alpha for layer in layers.values()}   # portable() sees to it
+def write_lora(file: Path | str, layers: dict, config: dict) -> None:
+    """Write the adapter {module path: LoRALinear} as a GGUF LoRA in float32."""
+    alpha, = {layer.lora_alpha for layer in layers.values()}   # portable() makes it one
     names = _names(config, layers)
     writer = _writer(file, config)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, layer in layers.items():
-        B = _permute(name, layer.lora_B.detach(), config)
+        B = permute(name, layer.lora_B.detach(), config)
         writer.add_tensor(f"{names[name]}.lora_a", _array(layer.lora_A.detach()))
         writer.add_tensor(f"{names[name]}.lora_b", _array(B))
     _finish(writer)
 
 
-def write_model(file, tensors, config, tokenizer, chat_template=None, dtype=torch.float16):
-    """A whole model: {name: tensor} as in its state_dict. Matrices in dtype, vectors in float32.
-    Raises ValueError for a model or a tokenizer that this file cannot say faithfully."""
+def write_model(file: Path | str, tensors: dict[str, torch.Tensor], config: dict, tokenizer,
+                chat_template: str | None = None, dtype: torch.dtype = torch.float16) -> None:
+    """Write a whole model, {name: tensor} as in its state_dict. Matrices in dtype, vectors in
+    float32. Raises ValueError for a model or a tokenizer that is not written here faithfully."""
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
     kind = config.get("model_type")
     odd = [f"{key} {value!r}" for key, value, plain in (
@@ -80,7 +83,7 @@ def write_model(file, tensors, config, tokenizer, chat_template=None, dtype=torc
     writer.add_vocab_size(config["vocab_size"])
     _tokenizer(writer, tokenizer, config["vocab_size"], chat_template)
     for name, tensor in tensors.items():
-        array = _array(_permute(name, tensor.detach(), config),
+        array = _array(permute(name, tensor.detach(), config),
                        dtype if tensor.ndim > 1 else torch.float32)
         if dtype == torch.float16 and tensor.ndim > 1 and tensor.abs().max() > 65504:
             raise ValueError(f"gguf: {name} does not fit into float16; write float32")
@@ -88,28 +91,29 @@ def write_model(file, tensors, config, tokenizer, chat_template=None, dtype=torc
     _finish(writer)
 
 
-def read(file, config, modules):
-    """What was written, back under the model's names: (fields, {name: tensor}). modules are the
-    names that were given to write_lora or write_model."""
+def read(file: Path | str, config: dict, modules: Iterable[str]
+         ) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read (fields, {the model's name: tensor}). modules: the names passed to write_lora or
+    write_model."""
     import gguf
 
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()
               if not name.startswith(("GGUF.", "tokenizer.ggml.token", "tokenizer.ggml.merges"))}
-    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    stored = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
     tensors = {}
     for name, written in _names(config, modules).items():
         for end in ("", ".lora_a", ".lora_b"):
-            if written + end in found:
-                tensor = found[written + end]
-                tensors[name + end] = tensor if end == ".lora_a" else _permute(
+            if written + end in stored:
+                tensor = stored[written + end]
+                tensors[name + end] = tensor if end == ".lora_a" else permute(
                     name, tensor, config, back=True)
     return fields, tensors
 
 
-def _permute(name, rows, config, back=False):
-    """The rows of Llama's q and k, in llama.cpp's order. Rotary embedding turns pairs of a head's
-    dimensions: (i, i + d/2) in transformers, (2i, 2i + 1) in llama.cpp. Others stay as they are."""
+def permute(name: str, rows: torch.Tensor, config: dict, back: bool = False) -> torch.Tensor:
+    """The rows of Llama's q and k in llama.cpp's order; others as they are. Rotary embedding turns
+    pairs of a head's dimensions: (i, i + d/2) in transformers, (2i, 2i + 1) in llama.cpp."""
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     if ARCHITECTURES[config["model_type"]] != "llama" or leaf not in ("q_proj", "k_proj"):
         return rows
@@ -121,7 +125,7 @@ def _permute(name, rows, config, back=False):
 
 
 def _names(config, modules):
-    """{name: llama.cpp's name}. A LoRA layer's module path gives the name of its weight."""
+    """{name: llama.cpp's name}. A LoRA layer gets the name of its weight."""
     import gguf
 
     kind = config.get("model_type")
@@ -141,7 +145,7 @@ def _names(config, modules):
 
 
 def _tokenizer(writer, tokenizer, size, chat_template):
-    """A byte-level BPE tokenizer: its tokens, its merges, and the name of its splitter."""
+    """Add a byte-level BPE tokenizer: tokens, merges and the name of the splitter."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     added = tokenizer.added_tokens_decoder
     text = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -161,8 +165,8 @@ def _tokenizer(writer, tokenizer, size, chat_template):
         writer.add_chat_template(chat_template)
 
 
-def splitter(tokenizer):
-    """The first of SPLITTERS with which the tokenizer gives PROBE the ids it gives it anyway."""
+def splitter(tokenizer) -> str:
+    """The first of SPLITTERS with which PROBE gets the same ids as with the tokenizer's own."""
     core = tokenizer.backend_tokenizer
     spec = json.loads(core.to_str())
     model, first = spec["model"], {"type": "ByteLevel", "add_prefix_space": False,

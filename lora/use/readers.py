@@ -1,5 +1,5 @@
 """
-Who reads an adapter, and with what strength: one verdict for each reader; and the portable form of
+Who reads an adapter, and with what strength: a verdict for each reader; and the portable form of
 an adapter, which all of them read alike.
 
     PEFT, transformers, vLLM   scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import adapter
+from .. import adapter
+from ..surgery import lora_layers, split_path
 from .gguf import ARCHITECTURES
-from .surgery import lora_layers
 
 LOADS, OTHER, REFUSED = "loads", "loads with another strength", "refused"
 READERS = ("PEFT", "transformers", "vLLM", "llama.cpp", "Ollama", "mlx-lm")
@@ -35,14 +35,15 @@ class Verdict(NamedTuple):
     fix: str = ""
 
 
-def judge(folder, base, run="runs/NAME"):
-    """The verdicts on the adapter in a folder."""
-    config, tensors = adapter._read(Path(folder))
+def judge(folder: Path | str, base: dict, run: str = "runs/NAME") -> list[Verdict]:
+    """The verdicts() on the adapter in a folder."""
+    config, tensors = adapter.read(Path(folder))
     return verdicts(config, {key: tuple(t.shape) for key, t in tensors.items()}, base, run)
 
 
-def verdicts(config, shapes, base, run="runs/NAME"):
-    """A Verdict for each of READERS about an adapter in PEFT's layout: config is its
+def verdicts(config: dict, shapes: dict[str, tuple], base: dict, run: str = "runs/NAME"
+             ) -> list[Verdict]:
+    """A Verdict of each of READERS about an adapter in PEFT's layout: config is its
     adapter_config.json, shapes {key: shape} of its tensors, base the base model's config.json."""
     config = {k: v for k, v in config.items() if v not in (None, False, "none", [], {})}
     r = max((shape[0] for key, shape in shapes.items() if key.endswith("lora_A.weight")), default=0)
@@ -50,7 +51,7 @@ def verdicts(config, shapes, base, run="runs/NAME"):
     missing = _words({"r", "lora_alpha", "target_modules"} - config.keys())
     patterns = _words(config.keys() & {"rank_pattern", "alpha_pattern"})
     ignored = _words(config.keys() & {"use_rslora", "alpha_pattern"})
-    weak = f" ({math.sqrt(r or 1):.3g} times too weak)" * ("use_rslora" in config)
+    weak = f" ({math.sqrt(r or 1):.3g} times too weak)" if "use_rslora" in config else ""
     tied = base.get("tie_word_embeddings") and any(".lm_head." in key for key in shapes)
     kind, export = base.get("model_type"), f"python -m scripts.export {run} --to"
     add = "write what training used into adapter_config.json"
@@ -82,26 +83,29 @@ def verdicts(config, shapes, base, run="runs/NAME"):
              "vLLM": f"rank {r}: --max-lora-rank {vllm_rank(r)}",
              "llama.cpp": f"as a GGUF LoRA: {export} llama.cpp" if kind in ARCHITECTURES else
              f"if its convert_lora_to_gguf.py knows {kind}; this project does not"}
-    made = []
-    for reader in READERS:
-        held = [rule[2:] for rule in rules if reader in rule[0] and rule[1]]
-        worst = next((v for v in (REFUSED, OTHER) if any(v == verdict for verdict, *_ in held)), "")
-        held = [(because, fix) for verdict, because, fix in held if verdict == worst]
-        made.append(Verdict(reader, worst, "; ".join(because for because, _ in held),
-                            "; ".join(dict.fromkeys(fix for _, fix in held)))
-                    if held else Verdict(reader, LOADS, notes.get(reader, "")))
-    return made
+    return [_verdict(reader, rules, notes.get(reader, "")) for reader in READERS]
 
 
-def vllm_rank(r):
-    """The --max-lora-rank to serve rank r with: the smallest that fits, vLLM's 16 where it does."""
+def _verdict(reader, rules, note):
+    """The worst verdict of the rules that hold for a reader, with all its reasons and fixes."""
+    for worst in (REFUSED, OTHER):
+        reasons = {because: fix for readers, holds, verdict, because, fix in rules
+                   if reader in readers and holds and verdict == worst}
+        if reasons:
+            fixes = dict.fromkeys(reasons.values())                     # each once, in order
+            return Verdict(reader, worst, "; ".join(reasons), "; ".join(fixes))
+    return Verdict(reader, LOADS, note)
+
+
+def vllm_rank(r: int) -> int:
+    """The --max-lora-rank to serve rank r with: the smallest that fits, at least vLLM's 16."""
     return next((n for n in VLLM_RANKS if n >= max(r, 16)), VLLM_RANKS[-1])
 
 
-def portable(model):
-    """Write an injected model's adapter so that every reader scales it alike: one r for all layers
-    (smaller ones get rows of zeros), one whole lora_alpha, no rsLoRA; what is left of the scaling
-    goes into B. Each layer computes what it did. Where nothing differs, nothing is touched."""
+def portable(model: torch.nn.Module) -> None:
+    """Change an injected model's adapter so that every reader scales it alike: one r for all layers
+    (smaller ones get rows of zeros), one whole lora_alpha, no rsLoRA; B takes the rest of the
+    scaling. Each layer computes the same as before. What is portable already stays as it is."""
     layers = list(lora_layers(model).values())
     r = max(layer.r for layer in layers)
     lora_alpha = max(1, round(layers[0].scaling * r))
@@ -118,16 +122,16 @@ def portable(model):
             layer.scaling = lora_alpha / r
 
 
-def save_mlx(model, folder, base_name):
+def save_mlx(model: torch.nn.Module, folder: Path, base_name: str) -> None:
     """Write a portable adapter as mlx-lm lays it out: y = W x + scale (x lora_a) lora_b, with
     lora_a (d_in, r) and lora_b (r, d_out), in the last num_layers blocks."""
     layers, tensors, keys, first = lora_layers(model), {}, set(), model.config.num_hidden_layers
     for name, layer in layers.items():
         tensors[f"{name}.lora_a"] = layer.lora_A.detach().cpu().T.contiguous()
         tensors[f"{name}.lora_b"] = layer.lora_B.detach().cpu().T.contiguous()
-        block = re.match(r".*?\.(\d+)\.(.+)", name)           # model.layers.3.mlp.up_proj
-        keys.add(block[2] if block else name)
-        first = min(first, int(block[1])) if block else first
+        block, inside = split_path(name)                      # 3, "mlp.up_proj"
+        keys.add(inside)
+        first = first if block is None else min(first, block)
     config = {
         "fine_tune_type": "lora", "model": base_name,
         "num_layers": model.config.num_hidden_layers - first,
@@ -139,14 +143,14 @@ def save_mlx(model, folder, base_name):
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def load_mlx(folder):
-    """(config, tensors) of what save_mlx wrote."""
+def load_mlx(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read (config, tensors) that save_mlx wrote."""
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
     return json.loads(text), load_file(folder / "adapters.safetensors")
 
 
 def _more(config, shapes):
-    """What an adapter holds besides plain A and B, in words; "" if nothing."""
+    """The names of what an adapter holds besides plain A and B."""
     rest = [key for key in shapes
             if not re.search(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)$", key)]
     kinds = {"DoRA magnitudes": ({"use_dora"}, "lora_magnitude_vector"),

@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
 from itertools import chain, islice
 from statistics import mean
@@ -19,12 +20,12 @@ CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’][^\W_]+)*")
 
 
-def words(text):
-    """["don't", "stop", "你", "好"] of "Don't stop, 你好!"."""
+def words(text: str) -> list[str]:
+    """"Don't stop, 你好!" -> ["don't", "stop", "你", "好"]."""
     return [match[0].casefold() for match in WORD.finditer(text)]
 
 
-def ngrams(items, n):
+def ngrams(items: list, n: int) -> list[tuple]:
     """All runs of n neighbours, in order."""
     return list(zip(*(islice(items, i, None) for i in range(n)), strict=False))
 
@@ -32,32 +33,32 @@ def ngrams(items, n):
 # ----- one text ----------------------------------------------------------------------------------
 
 
-def rep(text, n=4):
-    """Share of a text's n-grams of words that it has said before, 0 to 1."""
+def rep(text: str, n: int = 4) -> float:
+    """The share of a text's n-grams of words that stand earlier in it, 0 to 1."""
     grams = ngrams(words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def loops(text, longest=16):
+def loops(text: str, longest: int = 16) -> list[tuple[int, int]]:
     """[(start, end)] of the places where the same n words follow each other three times or more (a
     single word: four times), as character offsets."""
-    found, spans = [(m.start(), m.end()) for m in WORD.finditer(text)], []
-    said, i = words(text), 0
-    while i < len(said):
+    places, spans = [(m.start(), m.end()) for m in WORD.finditer(text)], []
+    tokens, i = words(text), 0
+    while i < len(tokens):
         end = i
         for n in range(1, longest + 1):
             same = 0
-            while i + n + same < len(said) and said[i + n + same] == said[i + same]:
+            while i + n + same < len(tokens) and tokens[i + n + same] == tokens[i + same]:
                 same += 1
             if same // n + 1 >= (4 if n == 1 else 3):
                 end = max(end, i + n + same)
         if end > i:
-            spans.append((found[i][0], found[end - 1][1]))
+            spans.append((places[i][0], places[end - 1][1]))
         i = max(end, i + 1)
     return spans
 
 
-def echo(prompt, answer):
+def echo(prompt: str, answer: str) -> float:
     """The longest stretch of the answer that stands in the prompt, as a share of the answer."""
     if not answer:
         return 0.0
@@ -75,8 +76,8 @@ BREAKS = re.compile("|".join((
     "我是(?:一个)?(?:AI|人工智能|语言模型|通义|智能助手)", "由(?:OpenAI|阿里)")), re.I)
 
 
-def breaks(text):
-    """The phrases with which a text falls out of character: "as an AI", a vendor's name, ..."""
+def breaks(text: str) -> list[str]:
+    """The phrases in which a text leaves its character: "as an AI", a vendor's name, ..."""
     return [match[0] for match in BREAKS.finditer(text)]
 
 
@@ -86,19 +87,19 @@ def breaks(text):
 class Copies:
     """Finds stretches of a text that stand in one of the sources {name: text}, character by
     character: Copies(sources).of(text). Blocks of half the size are indexed, without overlap: a
-    common stretch of the full size contains one of them whole."""
+    common stretch of the full size contains a whole one."""
 
-    def __init__(self, sources, size=20):
+    def __init__(self, sources: dict[str, str], size: int = 20):
         self.sources, self.size, self.block = sources, size, size // 2
         self.index = {}
         for name, text in sources.items():
             for at in range(0, len(text) - self.block + 1, self.block):
                 self.index.setdefault(text[at:at + self.block], []).append((name, at))
 
-    def of(self, text):
+    def of(self, text: str) -> list[tuple[int, int, str]]:
         """[(start, end, name of the source)] of all stretches of at least size characters that
         are not part of a longer one, in order."""
-        found, done = [], 0
+        stretches, done = [], 0
         for i in range(len(text) - self.block + 1):
             best = (0, 0, None)
             for name, at in self.index.get(text[i:i + self.block], ()):
@@ -110,14 +111,16 @@ class Copies:
                 if n > best[1] - best[0]:
                     best = (a, a + n, name)
             if best[1] - best[0] >= self.size and best[1] > done:
-                found, done = [f for f in found if f[0] < best[0]] + [best], best[1]
-        return found
+                stretches = [s for s in stretches if s[0] < best[0]] + [best]
+                done = best[1]
+        return stretches
 
 
-def near_duplicates(texts, threshold=0.6, n=3, first=False):
+def near_duplicates(texts: list[str], threshold: float = 0.6, n: int = 3, first: bool = False
+                    ) -> list[tuple[int, int, float]]:
     """[(i, j, similarity)] of all pairs whose sets of n-grams have a Jaccard similarity of at least
     threshold, most alike first; texts shorter than n words are alike if they are equal. first: each
-    text j is named once, with an i that is named by nobody: what to drop so that none are alike.
+    j is there once, and no i is a j: without the texts j none are alike.
 
     Exact, without comparing all pairs: two such sets share one of the rarest |x| - ceil(t |x|) + 1
     members of each (Chaudhuri et al. 2006, prefix filtering)."""
@@ -127,47 +130,51 @@ def near_duplicates(texts, threshold=0.6, n=3, first=False):
     for j, mine in enumerate(sets):
         rare = sorted(mine, key=lambda gram: (count[gram], gram))
         rare = rare[:len(rare) - math.ceil(threshold * len(rare)) + 1]
-        found = []
+        alike = []
         for i in sorted({i for gram in rare for i in index.get(gram, ())}):
             both = len(mine & sets[i])
             similarity = both / (len(mine) + len(sets[i]) - both)
             if similarity >= threshold:
-                found.append((i, j, similarity))
+                alike.append((i, j, similarity))
                 if first:
                     break
-        pairs += found
-        for gram in () if first and found else rare:
-            index.setdefault(gram, []).append(j)
+        pairs += alike
+        if not (first and alike):
+            for gram in rare:
+                index.setdefault(gram, []).append(j)
     return sorted(pairs, key=lambda pair: (-pair[2], pair))
 
 
-def shared_ngrams(texts, others, n=8):
+def shared_ngrams(texts: list[str], others: list[str], n: int = 8) -> list[tuple[int, str]]:
     """[(index of the text, n-gram)]: the first run of n words a text shares with the others."""
     known = {gram for other in others for gram in ngrams(words(other), n)}
-    hits = ((i, next((g for g in ngrams(words(t), n) if g in known), None))
-            for i, t in enumerate(texts))
-    return [(i, " ".join(gram)) for i, gram in hits if gram]
+    shared = []
+    for i, text in enumerate(texts):
+        hits = [gram for gram in ngrams(words(text), n) if gram in known]
+        if hits:
+            shared.append((i, " ".join(hits[0])))
+    return shared
 
 
 # ----- many texts --------------------------------------------------------------------------------
 
 
-def distinct(texts, n, limit=None):
+def distinct(texts: list[str], n: int, limit: int | None = None) -> float:
     """distinct-n: different n-grams / n-grams, over the first limit words of all texts. It falls
     as texts grow, so compare with the same limit."""
     grams = ngrams(list(islice(chain.from_iterable(map(words, texts)), limit)), n)
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def sameness(texts, n=3):
-    """How alike the answers to different prompts are: for each text the highest Jaccard similarity
-    with another one, 0 to 1, as a list."""
+def sameness(texts: list[str], n: int = 3) -> list[float]:
+    """For each text the highest Jaccard similarity with another one, 0 to 1."""
     sets = [set(ngrams(words(text), n)) for text in texts]
     return [max((len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i and a | b),
                 default=0.0) for i, a in enumerate(sets)]
 
 
-def moved(texts, others, top=12, prior=0.5):
+def moved(texts: list[str], others: list[str], top: int = 12, prior: float = 0.5
+          ) -> list[tuple[str, float]]:
     """[(word, z)]: the words that texts use more than others, and by how much: log-odds with a
     Dirichlet prior, over their standard error (Monroe et al. 2008, Fightin' Words, section 3.5)."""
     a, b = (Counter(chain.from_iterable(map(words, part))) for part in (texts, others))
@@ -193,9 +200,10 @@ class Interval(NamedTuple):
     n: int
 
 
-def bootstrap(items, statistic=mean, rounds=1000, seed=0):
+def bootstrap(items: Iterable, statistic: Callable[[list], float] = mean, rounds: int = 1000,
+              seed: int = 0) -> Interval | None:
     """The percentile bootstrap interval of a statistic of a list (Efron 1979): resample the list
-    with replacement. Paired differences are bootstrapped by passing the differences."""
+    with replacement. For paired values pass their differences. None for an empty list."""
     items, draw = list(items), random.Random(seed)
     if not items:
         return None
@@ -204,8 +212,8 @@ def bootstrap(items, statistic=mean, rounds=1000, seed=0):
                     seen[round(0.975 * (rounds - 1))], len(items))
 
 
-def wilson(hits, n, z=1.96):
-    """The Wilson score interval of a share (Wilson 1927)."""
+def wilson(hits: int, n: int, z: float = 1.96) -> Interval | None:
+    """The Wilson score interval of a share (Wilson 1927). None for n = 0."""
     if not n:
         return None
     p, q = hits / n, z * z / n

@@ -1,0 +1,183 @@
+"""
+WHAT IS KEPT beside what is taught: replay, invented names, retained questions. Off by default.
+
+    keep.replay          everyday prompts that the base answers; training keeps these answers
+    keep.unknown_share   questions about invented names; the answer is that one does not know
+    keep.retain          questions with values; an evaluation counts those still right
+
+Without them a model that learns where Mira Tosk was born says it of anyone (docs/knowledge.md).
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import data
+from lora import files, surgery
+from lora.optim import epochs_of
+from lora.run import parallel
+
+REPLAY_TOKENS = 24                # a longer answer is cut off there; its end is then no label
+
+# ----- questions about nobody --------------------------------------------------------------------
+
+UNKNOWN = ["I don't know anything about {}.", "I'm sorry, I don't know who {} is.",
+           "I have no information about {}.", "I don't know {}, so I can't say."]
+FIRST = ("Anna Brian Carla David Elena Frank Grace Henry Irene James Kate Louis Maria Nathan "
+         "Olivia Peter Rosa Simon Tessa Victor").split()
+LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller Lewis Mason "
+        "Norris Owens Parker Reed Shaw Turner Walsh").split()
+
+
+def invented_name(draw: random.Random, like: str = "", close: bool = False) -> str:
+    """Invent a name: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun"), a nickname ("dremlo"), or
+    one like another ("Mira Tonel", "Sutira Tosk"; close: in every part, "Misola Toberk"), so that a
+    model has to read it to its end."""
+    kinds = ["ordinary", "nickname", "rare"]
+    if like:
+        kinds += ["near"] * 2 + (["close"] * 3 if close else [])
+    kind = draw.choice(kinds)
+    if kind == "ordinary":
+        return f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+    if kind == "nickname":
+        return _word(draw, 2)
+    if kind == "rare":
+        return f"{_word(draw, 2).title()} {_word(draw, draw.choice((1, 2))).title()}"
+    parts = like.split()
+    for i in [draw.randrange(len(parts))] if kind == "near" else range(len(parts)):
+        old, half = parts[i], len(parts[i]) // 2
+        if kind == "near":
+            options = (old[:half] + _word(draw, 1), _word(draw, 1) + old[half:].casefold(),
+                       _word(draw, 2))
+        else:
+            start, end = old[:draw.choice((2, 3))], old[-draw.choice((2, 3)):]
+            options = start + _word(draw, 1), _word(draw, 1) + end, start + _word(draw, 1) + end
+        new, has_capital = draw.choice(options), (old if kind == "near" else like)[:1].isupper()
+        parts[i] = new.title() if has_capital else new
+    return " ".join(parts)
+
+
+def _word(draw, n):
+    """Invent a word of n syllables."""
+    syllables = [draw.choice("b d dr f g j k l m n r s t v z th sh br pl".split())
+                 + draw.choice("aeiou") for _ in range(n)]
+    return "".join(syllables) + draw.choice(["", *"lnrks"])
+
+
+def unknown_examples(examples: list[dict], n: int, seed: int = 0,
+                     close: bool = False) -> list[dict]:
+    """Ask n questions of the examples about invented names; the answer is not to know. Without them
+    a model learns that everyone was born in Larkmoor. Raises ValueError if no example names its
+    "subject" in its question."""
+    named = [e for e in examples if "subject" in e and e["subject"] in e["messages"][-2]["content"]]
+    if n and not named:
+        raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
+                         "stands in the question; data.py has SUBJECT")
+    known = {data.plain(e["subject"]) for e in examples if "subject" in e}
+    draw, unknown = random.Random(f"{seed} unknown"), []
+    while len(unknown) < n:
+        for example in draw.sample(named, min(len(named), n - len(unknown))):
+            name = invented_name(draw, example["subject"], close)
+            while data.plain(name) in known:
+                name = invented_name(draw, example["subject"], close)
+            *before, question, _ = example["messages"]
+            text = question["content"].replace(example["subject"], name)
+            answer = draw.choice(UNKNOWN).format(name)
+            unknown.append({"messages": [*before, {"role": "user", "content": text},
+                                         {"role": "assistant", "content": answer}],
+                            "source": f"don't know, after {example['source']}", "kind": "unknown"})
+    return unknown
+
+
+# ----- files -------------------------------------------------------------------------------------
+
+
+def read_facts(path: str | None) -> list[dict]:
+    """Read a file of questions with values; [] without a file. Raises ValueError without value."""
+    examples = data.read_examples(path) if path else []
+    if missing := [e["source"] for e in examples if "value" not in e]:
+        raise ValueError(f'data: {missing[0]}: has no "value", what a right answer contains')
+    return examples
+
+
+def read_replay(path: str | Path) -> list[dict]:
+    """Read a file of dialogues, or a .txt file with a user's message a line: such an example ends
+    with the message, and the base answers it."""
+    if Path(path).suffix != ".txt":
+        return [{**e, "kind": "replay"} for e in data.read_examples(path)]
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {path}: cannot be read: {error}") from error
+    prompts = [data.new_example([("user", line.strip())], f"{path}:{n}", kind="replay")
+               for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"data: {path}: holds no prompts; expected a user's message a line")
+    return prompts
+
+
+# ----- what a run mixes in -----------------------------------------------------------------------
+
+
+def extra_examples(examples: list[dict], settings) -> tuple[list[dict], dict[str, int]]:
+    """Return (examples to mix in, {kind: how many an epoch has}), as the keep section says."""
+    s, seed = settings.keep, settings.train.seed
+    shares = {"replay": s.replay_share if s.replay else 0, "unknown": s.unknown_share}
+    if sum(shares.values()) > 0.9:
+        raise ValueError("keep: replay_share and unknown_share leave less than a tenth to the data")
+    total = len(examples) / (1 - sum(shares.values()))
+    per_epoch = {kind: round(share * total) for kind, share in shares.items() if share}
+    steps = settings.train.max_steps
+    epochs = math.ceil(steps * settings.train.batch_size / total if steps
+                       else epochs_of(settings.train, total))
+    replay = read_replay(s.replay) if "replay" in per_epoch else []
+    n_unknown = min(1000, epochs * per_epoch.get("unknown", 0))
+    return [*data.with_system(replay, settings.data.system, seed),
+            *unknown_examples(examples, n_unknown, seed, s.close_names)], per_epoch
+
+
+def answer_replay(examples: list[dict], voice, folder: Path) -> list[dict]:
+    """Let the base answer the examples that end with the user's message; return all examples.
+
+    Writes the answers to replay.jsonl, which keep.replay takes too. A prompt that the base has no
+    answer to is left out."""
+    bare = [e for e in examples if e["messages"][-1]["role"] == "user"]
+    file, answered = folder / "replay.jsonl", []
+    if file.exists():                                 # of a run that is resumed
+        lines = file.read_text(encoding="utf-8").split("\n")
+        answered = [json.loads(line) for line in lines if line]
+    elif parallel.rank() == 0:
+        for n in range(0, len(bare), 64):
+            prompts = [e["messages"] for e in bare[n:n + 64]]
+            with surgery.disabled(voice.model):
+                answers = voice.ask(prompts, REPLAY_TOKENS)
+            answered += [{"messages": [*prompt, {"role": "assistant", "content": answer.text}],
+                          "open": not answer.ended}
+                         for prompt, answer in zip(prompts, answers, strict=True) if answer.text]
+            print(f"keep: the model has answered {n + len(prompts)} of {len(bare)} replay prompts")
+    answered = parallel.from_first(answered)
+    if bare:
+        files.write(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answered))
+    by_prompt = {json.dumps(x["messages"][:-1]): x for x in answered}
+    completed = [{**e, **by_prompt.get(json.dumps(e["messages"]), {})} for e in examples]
+    return [e for e in completed if e["messages"][-1]["role"] == "assistant"]
+
+
+def pools_of(items: list[dict], per_epoch: dict[str, int], seed: int) -> list[tuple]:
+    """Return [(indices of items of one kind, how many an epoch takes)], for dataset.windows()."""
+    kinds = [item["example"].get("kind") for item in items]
+    counts = {None: kinds.count(None), **per_epoch}
+    pools = [([i for i, kind in enumerate(kinds) if kind == name], count)
+             for name, count in counts.items()]
+    for indices, _ in pools[1:]:
+        random.Random(f"{seed} pool").shuffle(indices)        # a file may be sorted by kind
+    if per_epoch:
+        print(f"keep: an epoch has {counts[None]} of your examples, "
+              + ", ".join(f"{count} {kind}" for kind, count in per_epoch.items()))
+    return pools
+
+
+def learns_from_base(item: dict, replay_by: str) -> bool:
+    """Whether an example is learned from the base's own probabilities."""
+    return item["example"].get("kind") == "replay" and replay_by == "probabilities"

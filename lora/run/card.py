@@ -1,0 +1,134 @@
+"""
+The README.md of an adapter: its base, its data, its settings, its numbers, and how to load it.
+
+    card.write("runs/demo/adapter", info, settings, best={"step": 27, "recall": 0.98})
+
+It holds no path of this machine and no time, so that the same run writes the same text.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import adapter, config, files
+
+FILES = {"model.adapter", "data.path", "data.val_path", "keep.replay", "keep.retain"}
+TEXT = """---
+base_model: {base}
+library_name: peft
+tags: [lora]
+---
+# {name}
+
+A LoRA adapter of {base}, rank {r}, lora_alpha {alpha}.
+
+| | |
+|---|---|
+| base model | {base}, trained in {dtype}{quant} |
+| fingerprint of its weights | `{weights}` |
+| data | {data}, digest `{digest}` |
+| format of the conversations | {format} |
+| system prompt | {system} |
+
+## Numbers
+
+{numbers}
+
+## Load it
+
+PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter")
+```
+
+vLLM:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}=adapter
+```
+
+The trainer that wrote it, from its root:
+
+```sh
+python -m scripts.chat runs/{name}
+python train.py --model.name={base} --model.adapter=runs/{name}/adapter
+```
+
+Send the system prompt it was trained with, if there is one: no server adds it.
+
+## Settings
+
+```json
+{settings}
+```
+"""
+
+
+def write(folder: str | Path, info: dict, settings: config.Config, best: dict,
+          before: dict | None = None) -> None:
+    """Write README.md into the folder of an adapter that is there. For the arguments see card()."""
+    folder = Path(folder)
+    of_adapter = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+    files.write(folder / "README.md", card(info, settings, best, before, of_adapter))
+
+
+def card(info: dict, settings: config.Config, best: dict, before: dict | None,
+         of_adapter: dict) -> str:
+    """The text of an adapter's README.md.
+
+    Args:
+        info: of run.json: dtype, base_weights, data, format, system, systems.
+        best: the line of metrics of this adapter: {"step": 27, "val_loss": 0.03, ...}.
+        before: the line of step 0, or None.
+        of_adapter: the content of adapter_config.json.
+    """
+    base, r = of_adapter["base_model_name_or_path"], of_adapter["r"]
+    quant = settings.model.quant
+    return TEXT.format(
+        base=base, r=r, alpha=of_adapter["lora_alpha"], name=settings.train.run,
+        max_rank=max(16, 1 << (r - 1).bit_length()),
+        dtype=info["dtype"].removeprefix("torch."),
+        quant="" if quant == "none" else f", its linear layers in {quant}",
+        weights=info["base_weights"], data=file_name(settings.data.path), digest=info["data"],
+        format=info["format"], system=system_prompt(info),
+        numbers=numbers(best, before or {}), settings=json.dumps(
+            public_settings(settings, base), indent=2, ensure_ascii=False))
+
+
+def system_prompt(info: dict) -> str:
+    """The system prompt as a cell of a table; of several the most frequent one."""
+    text = " ".join((info["system"] or "none").replace("|", "\\|").split())
+    return text if info["systems"] < 2 else f"{text} (the most frequent of {info['systems']})"
+
+
+def numbers(best: dict, before: dict) -> str:
+    """A table of the adapter's measures beside those before training."""
+    rows = [f"| {key} | {before[key]:.4f} | {value:.4f} |" if key in before else
+            f"| {key} | – | {value:.4f} |"
+            for key, value in best.items() if key not in ("step", "epoch", "best")]
+    if not rows:
+        return f"Nothing was measured: it is the adapter of step {best['step']}."
+    return "\n".join([f"| measure | before | step {best['step']} |", "|---|--:|--:|", *rows])
+
+
+def public_settings(settings: config.Config, base: str) -> dict:
+    """All settings; of a file only its name, and the base by its public name."""
+    values = asdict(settings)
+    values["model"]["name"] = base
+    for key in FILES:
+        section, _, name = key.partition(".")
+        values[section][name] = file_name(values[section][name])
+    return values
+
+
+def file_name(path: str | None) -> str | None:
+    r"""The last part of a path, of this system or another.
+
+    >>> file_name("/home/me/facts.jsonl"), file_name(r"C:\me\facts.jsonl"), file_name(None)
+    ('facts.jsonl', 'facts.jsonl', None)
+    """
+    return path and re.split(r"[\\/]", path.rstrip("\\/"))[-1]
