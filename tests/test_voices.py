@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import within
 
 import data
 import dataset
@@ -68,12 +69,12 @@ def test_nll_is_the_sum_over_the_answer_with_its_stop_token(voices):
                "source": "x:1"}
     ids, mask = dataset.render(example["messages"], voices.tokenizer, "template")
     with torch.no_grad(), voices.bank.using("a"):
-        log_p = voices.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        log_p = voices.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     wanted = -sum(log_p[i - 1, ids[i]].item() for i in range(len(ids)) if mask[i])
     short = {"messages": [*ASKED[0], {"role": "assistant", "content": "no"}], "source": "x:2"}
     got = voices.nll([example, short, example], "a")
-    assert got[0] == pytest.approx(wanted / len("yes dear dog"), rel=1e-4)
-    assert got[2] == pytest.approx(got[0], rel=1e-5) and got[1] != got[0]
+    assert got[0] == pytest.approx(wanted / len("yes dear dog"), rel=within(1e-4, 1e-2))
+    assert got[2] == pytest.approx(got[0], rel=within(1e-5, 1e-2)) and got[1] != got[0]
 
 
 def test_a_persona_is_least_surprising_to_its_own_adapter(voices):
