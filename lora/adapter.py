@@ -128,7 +128,7 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         if folder.is_dir():
             files.stay_inside(folder)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = files.read_json(folder / CONFIG)
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} is not a JSON object")
         return config, load_file(folder / WEIGHTS)

@@ -150,8 +150,7 @@ def load(path: Path | str = "config.json", overrides: Iterable[str] = ()) -> Con
     """Read the Config of a JSON file and apply --section.key=value overrides to it. ValueError
     names the file and all problems in it."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"),
-                            object_pairs_hook=files.unique_keys)
+        values = files.read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); use --config FILE") from error
     except (ValueError, RecursionError) as error:

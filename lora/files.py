@@ -6,9 +6,11 @@ Write files whole or not at all, and lock a folder for one process.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -101,6 +103,12 @@ def stay_inside(folder: str | Path, names: Iterable[str] = ()) -> None:
         if not file.resolve().is_relative_to(home):
             raise ValueError(f"{file} leads out of the folder, to {file.resolve()}; put the file "
                              "itself there")
+
+
+def read_json(file: str | Path) -> Any:
+    """Read a JSON file, with a byte order mark or without. Raises OSError, or ValueError for text
+    that is not JSON and for repeated keys."""
+    return json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
 
 
 def unique_keys(pairs: list[tuple]) -> dict:

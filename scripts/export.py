@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 
 import data
 import dataset
-from lora import adapter
+from lora import adapter, files
 from lora.base import fetch, load
 from lora.config import Parser, run_cli
 from lora.run import runlog
@@ -168,7 +168,7 @@ def base_config(folder: Path | str) -> dict:
     """The base model's config.json; of a hub id, from the loaded model."""
     file = Path(folder) / "config.json"
     if file.exists():
-        return json.loads(file.read_text("utf-8"))
+        return files.read_json(file)
     return load.load_model(folder, torch.device("meta"), torch.float32).config.to_dict()
 
 

@@ -8,13 +8,12 @@ It computes W + scaling B A in float32 and rounds once, to --dtype. Then it read
 and compares its predictions with those of base and adapter.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from lora import adapter, config, surgery
+from lora import adapter, config, files, surgery
 from lora.base import fetch, load
 from lora.run import runlog
 from scripts.voices import Voices, with_system
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
 def refuse_quantised(run: runlog.Run) -> None:
     """Raise ValueError if the base is quantised: rounding would lose the update."""
     file = Path(fetch.find(run.settings.model.name)) / "config.json"
-    if file.exists() and "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+    if file.exists() and "quantization_config" in files.read_json(file):
         raise ValueError(
             f"merge: {run.settings.model.name} is quantised; merging would round the update away. "
             "Set model.name in the run's config.json to the same model in bfloat16 or float32, or "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import dataset
+from lora import files
 from lora.base import fetch, load, quant
 from lora.run import runlog
 from lora.use import text
@@ -109,7 +110,7 @@ def checks(run: runlog.Run, tokenizer, weights: str, quant: str) -> list[tuple[s
     weights is the fingerprint of the dense base, quant its quantisation here."""
     info = run.info
     problems = dict.fromkeys(("base model", "base weights", "chat template", "system prompt"), "")
-    record = json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
+    record = files.read_json(run.adapter / "adapter_config.json")
     unknown = "run.json does not say: the run is older than this check"
     base, trained_quant = record.get("base_model_name_or_path"), run.settings.model.quant
     if base != info.get("base_model"):

@@ -72,7 +72,7 @@ def write(folder: str | Path, info: dict, settings: config.Config, best: dict,
           before: dict | None = None) -> None:
     """Write README.md into the folder of an adapter that is there. For the arguments see card()."""
     folder = Path(folder)
-    of_adapter = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+    of_adapter = files.read_json(folder / adapter.CONFIG)
     files.write(folder / "README.md", card(info, settings, best, before, of_adapter))
 
 

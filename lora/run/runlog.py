@@ -108,7 +108,7 @@ def read_run(path: str | Path) -> Run:
                          f"Runs here: {_runs_here()}.")
     try:
         files.stay_inside(folder)
-        info = json.loads(needed[0].read_text(encoding="utf-8"))
+        info = files.read_json(needed[0])
         if not isinstance(info, dict):
             raise ValueError("expected an object")
     except (OSError, ValueError, RecursionError) as error:
