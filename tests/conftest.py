@@ -25,6 +25,14 @@ def within(float32, bfloat16):
     """The bound for a number that was computed in the dtype that "auto" is."""
     return bfloat16 if AUTO == "bfloat16" else float32
 
+
+def assert_same_logits(one, other):
+    """Logits differ by 1e-5 at most, relative to the largest: float32's rounding in another order,
+    which depends on threads and CPU."""
+    assert one.shape == other.shape
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1)
+
+
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
           "'<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")

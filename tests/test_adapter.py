@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from conftest import make_model
+from conftest import assert_same_logits, make_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,12 +40,12 @@ def test_peft_opens_ours_and_we_open_what_peft_saves(tmp_path, make, choice):
     with torch.no_grad():
         logits = model(IDS).logits
         theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
-        torch.testing.assert_close(theirs(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(theirs(IDS).logits, logits)
         assert (theirs.base_model.model(IDS).logits - make()(IDS).logits).abs().max() > 1e-3
         theirs.save_pretrained(tmp_path / "theirs")
         again = make()
         assert adapter.load(again, tmp_path / "theirs") == list(lora_layers(model))
-        torch.testing.assert_close(again.eval()(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(again.eval()(IDS).logits, logits)
 
 
 def test_what_peft_made_with_patterns_keeps_its_strength(tmp_path):
@@ -58,10 +58,10 @@ def test_what_peft_made_with_patterns_keeps_its_strength(tmp_path):
     adapter.load(ours, tmp_path / "theirs")
     with torch.no_grad():
         logits = theirs(IDS).logits
-        torch.testing.assert_close(ours.eval()(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(ours.eval()(IDS).logits, logits)
         adapter.save(ours, tmp_path / "back", "some/base")
         back = peft.PeftModel.from_pretrained(make_model(), tmp_path / "back").eval()
-        torch.testing.assert_close(back(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(back(IDS).logits, logits)
 
 
 def test_save_load_gives_the_same_logits_bit_for_bit(tmp_path):

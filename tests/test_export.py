@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import CHATML, make_model, make_tokenizer
+from conftest import CHATML, assert_same_logits, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_gguf import ONE_THREAD, run
 
@@ -121,10 +121,10 @@ def test_rslora_made_portable_is_the_same_in_peft(tmp_path):
         portable(model)
         adapter.save(model, tmp_path, "some/base")
         theirs = peft.PeftModel.from_pretrained(make_model(), tmp_path).eval()
-        torch.testing.assert_close(theirs(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(theirs(IDS).logits, logits)
         transformers = make_model()
         transformers.load_adapter(str(tmp_path))
-        torch.testing.assert_close(transformers(IDS).logits, logits, atol=1e-5, rtol=0)
+        assert_same_logits(transformers(IDS).logits, logits)
     for name, layer in lora_layers(model).items():
         torch.testing.assert_close(layer.delta_weight(), deltas[name], atol=1e-6, rtol=1e-5)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -150,7 +150,7 @@ def test_patterns_made_portable_are_gone_and_the_deltas_are_not(tmp_path):
             torch.testing.assert_close(layer.delta_weight(), deltas[name], atol=1e-6, rtol=1e-5)
         adapter.save(model, tmp_path / "ours", "some/base")
         back = peft.PeftModel.from_pretrained(make_model(), tmp_path / "ours").eval()
-        torch.testing.assert_close(back(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
+        assert_same_logits(back(IDS).logits, theirs(IDS).logits)
     config = json.loads((tmp_path / "ours/adapter_config.json").read_text())
     assert not config["alpha_pattern"] and not config["rank_pattern"]
     assert [v.verdict for v in readers.judge(tmp_path / "ours", LLAMA)][:4] == [LOADS] * 4
@@ -213,7 +213,7 @@ def test_to_peft_and_vllm(trained, capsys, target):
     theirs = peft.PeftModel.from_pretrained(
         load.load_model("tiny-llama", CPU, torch.float32), folder).eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+        assert_same_logits(theirs(IDS).logits, model(IDS).logits)
     assert (folder / "chat_template.jinja").read_text() == CHATML
     assert (folder / "system.txt").read_text() == "Be kind."
     assert "checked  read back, equal bit for bit" in out and "loads" in out

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import make_model
+from conftest import assert_same_logits, make_model
 from test_loss import items
 from test_train import home, run  # noqa: F401  (home is a fixture)
 from torch import nn
@@ -168,8 +168,7 @@ def test_its_adapter_opens_on_the_dense_base_and_in_peft_on_both(tmp_path):
         fresh.is_loaded_in_4bit = base_model.is_loaded_in_4bit
         theirs = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
         with torch.no_grad():
-            torch.testing.assert_close(base_model.eval()(IDS).logits, theirs(IDS).logits,
-                                       atol=1e-5, rtol=0)
+            assert_same_logits(base_model.eval()(IDS).logits, theirs(IDS).logits)
 
 
 def test_the_dense_weights_are_let_go():
