@@ -3,7 +3,7 @@ What libgomp and oneDNN read once, when torch is loaded: import this before torc
 
 Waiting. A product of matrices is split over OpenMP's threads, and threads that finish first spin
 until the last one does. libgomp spins 300,000 turns before it sleeps: where another program holds
-a core, the thread that has work waits for the one that spins. 3,000 turns cost nothing on a quiet
+a core, the thread that has work waits for the one that spins. 1,000 turns cost little on a quiet
 machine and leave the core to others on a busy one (benchmarks/waiting.py).
 
 Memory. oneDNN and PyTorch's layer over it keep the code they compiled for the last 1,024 shapes of
@@ -16,6 +16,6 @@ A variable that you set yourself stays. The computed numbers are the same.
 import os
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "3000"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
