@@ -77,7 +77,7 @@ def samples(p, seed=0):
     return [*made, made[2]]
 
 
-def same_gradients(one, other):
+def assert_same_gradients(one, other):
     assert abs(one[0] / other[0] - 1) < 1e-5
     for a, b in zip(one[1], other[1], strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -91,13 +91,15 @@ def test_loss_and_every_gradient_equal_those_of_the_samples_alone(name, p):
         layer.fused = False
     alone = step(model, [dataset.collate([one], 0) for one in items], lean=False)
     padded = step(model, dataset.micro_batches(items, 7, 0), lean=False)
-    same_gradients(padded, alone)
+    assert_same_gradients(padded, alone)
     flat.enable(model, load.use_attention)
+    assert model.config._attn_implementation == "flat"
     for layer in lora_layers(model).values():
         layer.fused = True
     for layout in ("shared", "flat"):
         for size in (7, 3):
-            same_gradients(step(model, dataset.micro_batches(items, size, 0, layout=layout)), alone)
+            batches = dataset.micro_batches(items, size, 0, layout=layout)
+            assert_same_gradients(step(model, batches), alone)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

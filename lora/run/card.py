@@ -3,7 +3,7 @@ The README.md of an adapter: its base, its data, its settings, its numbers, and 
 
     card.write("runs/demo/adapter", info, settings, best={"step": 27, "recall": 0.98})
 
-It holds no path of this machine and no time, so that the same run writes the same text.
+card.md is its template. The text holds no path of this machine and no time, so that the same run writes the same text.
 """
 
 import json
@@ -14,58 +14,7 @@ from pathlib import Path
 from .. import adapter, config, files
 
 FILES = {"model.adapter", "data.path", "data.val_path", "keep.replay", "keep.retain"}
-TEXT = """---
-base_model: {base}
-library_name: peft
-tags: [lora]
----
-# {name}
-
-A LoRA adapter of {base}, rank {r}, lora_alpha {alpha}.
-
-| | |
-|---|---|
-| base model | {base}, trained in {dtype}{quant} |
-| fingerprint of its weights | `{weights}` |
-| data | {data}, digest `{digest}` |
-| format of the conversations | {format} |
-| system prompt | {system} |
-
-## Numbers
-
-{numbers}
-
-## Load it
-
-PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter")
-```
-
-vLLM:
-
-```sh
-vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}=adapter
-```
-
-The trainer that wrote it, from its root:
-
-```sh
-python -m scripts.chat runs/{name}
-python train.py --model.name={base} --model.adapter=runs/{name}/adapter
-```
-
-Send the system prompt it was trained with, if there is one: no server adds it.
-
-## Settings
-
-```json
-{settings}
-```
-"""
+TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 
 def write(folder: str | Path, info: dict, settings: config.Config, best: dict,
