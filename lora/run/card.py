@@ -3,7 +3,8 @@ The README.md of an adapter: its base, its data, its settings, its numbers, and 
 
     card.write("runs/demo/adapter", info, settings, best={"step": 27, "recall": 0.98})
 
-card.md is its template. The text holds no path of this machine and no time, so that the same run writes the same text.
+card.md is the template. The text holds no path of this machine and no time: the same run writes the
+same text.
 """
 
 import json
