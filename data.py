@@ -9,7 +9,6 @@ answer contains; "8|eight" is either) and subject (the name of whom it is about)
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -458,13 +457,6 @@ def with_system(examples: Examples, system: str | None, seed: int = 0) -> Exampl
     return prompted
 
 
-def system_of(examples: Examples) -> tuple[str | None, int]:
-    """Return (the system prompt that most examples have, or None; how many different ones)."""
-    firsts = [example["messages"][0] for example in examples]
-    systems = Counter(m["content"] if m["role"] == "system" else None for m in firsts)
-    return systems.most_common(1)[0][0], len(systems)
-
-
 def duplicates(examples: Examples) -> list[Examples]:
     """Group the examples that say the same, apart from case and white space."""
     same = group_by(lambda e: (prompt_of(e), plain(e["messages"][-1]["content"])), examples)
@@ -506,3 +498,7 @@ def group_by(key: Callable, things: Iterable) -> dict:
 def plain(text: str) -> str:
     """Return the text in lower case, with single spaces and composed accents."""
     return " ".join(normalize("NFC", str(text)).casefold().split())
+
+
+if __name__ == "__main__":
+    raise SystemExit("data.py is no command; to check a file: python -m scripts.doctor my.jsonl")

@@ -10,7 +10,6 @@ The loss covers what the assistant says and the token that ends its turn, nothin
     labels: -100 ...                                         Hello!<|im_end|> -100
 """
 
-import html
 import math
 import random
 import sys
@@ -18,8 +17,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
-from os.path import commonprefix
+from itertools import pairwise
 from pathlib import Path
 
 import lora.fast.waiting  # noqa: F401
@@ -28,12 +26,12 @@ import torch
 from tqdm import tqdm
 
 import data
-from lora import config
 from lora.base import fetch, load
 from lora.fast.flat import flatten
 from lora.generate import Stop
 from lora.loss import IGNORE_INDEX, Batch
-from lora.run import parallel
+from lora.run import cli, parallel
+from lora.use import show
 
 # ----- a conversation in pieces ------------------------------------------------------------------
 # A format turns messages into pieces [(text, supervised)]; joined they are what the model reads.
@@ -184,27 +182,6 @@ def end_of_answer(messages: list[dict], tokenizer, format: str) -> int:
     return max([t + 1 for t, on in enumerate(mask) if on], default=0) - max(1, len(stop))
 
 
-def notes(tokenizer, format: str, examples: list[dict]) -> list[str]:
-    """Return sentences for the user about a format that does not suit the model or ChatML."""
-    sizes = [len(tokenizer.encode(mark, add_special_tokens=False))
-             for mark in ("<|im_start|>", "<|im_end|>")]
-    if format == "chatml" and sizes != [1, 1]:
-        return ['format is "chatml", but this model has no ChatML tokens: <|im_end|> is '
-                f'{sizes[1]} tokens it never saw end a turn. "plain" suits a base model better.']
-    bare = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    sentences = []
-    if format == "template" and sizes == [1, 1]:
-        for label, messages in (("the first example", examples[0]["messages"]),
-                                ("a dialogue without system prompt", bare)):
-            ours, theirs = ("".join(text for text, _ in write(messages, tokenizer))
-                            for write in (chatml, template))
-            at = max(0, len(commonprefix([ours, theirs])) - 12)
-            if ours != theirs:
-                sentences.append(f"the model's template differs from plain ChatML for {label}: it "
-                                 f"renders {theirs[at:at + 90]!r}, ChatML {ours[at:at + 40]!r}")
-    return sentences
-
-
 # ----- examples in tensors -----------------------------------------------------------------------
 
 
@@ -269,10 +246,6 @@ class QADataset:
 
     def __getitem__(self, i: int) -> dict:
         return self.items[i]
-
-    def add(self, other: "QADataset") -> None:
-        """Append the examples of another QADataset."""
-        self.items += other.items
 
     def left_out(self) -> list[str]:
         """Return sentences about the examples that were dropped, cut, or only partly supervised."""
@@ -370,67 +343,22 @@ def windows(pools: list[tuple[list[int], int]], batch_size: int, epochs: float,
     return plan[:total]
 
 
-# ----- looking at the mask -----------------------------------------------------------------------
-
-
-def runs(item: dict, tokenizer) -> list[tuple[str, bool, bool]]:
-    """Return [(text, supervised, special)]. Neighbours of one kind are decoded together, for one
-    character may be several tokens."""
-    pairs = zip(item["input_ids"], item["labels"], strict=True)
-    return [(tokenizer.decode([i for i, _ in group]).replace("\n", "⏎\n"), *kind)
-            for kind, group in groupby(
-                pairs, key=lambda p: (p[1] != IGNORE_INDEX, p[0] in special_ids(tokenizer)))]
-
-
-def colour(item: dict, tokenizer) -> str:
-    """Write one example for a terminal: supervised tokens green, special tokens underlined."""
-    return "".join(f"\033[{'1;32' if on else '90'}{';4' if special else ''}m{text}\033[0m"
-                   for text, on, special in runs(item, tokenizer))
-
-
-def page(dataset: QADataset, tokenizer) -> str:
-    """Write all examples as an HTML page that stands alone; every text is escaped."""
-    rows = []
-    for item in dataset.items:
-        spans = "".join(f'<span class="{"on " if on else ""}{"special" if sp else ""}">'
-                        f"{html.escape(text)}</span>" for text, on, sp in runs(item, tokenizer))
-        supervised = sum(label != IGNORE_INDEX for label in item["labels"])
-        rows.append(f"<h2>{html.escape(item['source'])} <small>{supervised} of "
-                    f"{len(item['labels'])} tokens supervised</small></h2><pre>{spans}</pre>")
-    return PAGE + "\n".join(rows)
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>Supervised tokens</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark; font: 15px/1.5 system-ui; max-width: 60rem; margin: 2rem auto }
-body { padding: 0 1rem } h2 { font-size: 1rem } small { font-weight: 400; opacity: .7 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border: 1px solid #8886 }
-.on { background: #2e9d5a40; box-shadow: inset 0 -2px #2e9d5a }
-.special { border: 1px dotted #888; font-size: .85em; margin: 0 1px }
-</style>
-<h1>Supervised tokens</h1>
-<p><span class="on">The loss covers these</span> and no others; <span class="special">special
-tokens</span> are framed; ⏎ is a line break.</p>
-"""
-
-
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__, settings=True, file=True)
+    parser = cli.Parser(__doc__, settings=True, file=True)
     parser.add_argument("--n", type=int, default=2, help="examples to show")
     parser.add_argument("--html", metavar="PAGE", help="write them to an HTML page")
     options = parser.parse_args(argv)
-    settings = config.settings_of(options)
+    settings = cli.settings_of(options)
     tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
                                     settings.model.trust_remote_code)
     examples, _ = data.load(**asdict(settings.data), seed=settings.train.seed)
     dataset = QADataset(examples[:options.n], tokenizer, **asdict(settings.dataset))
     if options.html:
-        Path(options.html).write_text(page(dataset, tokenizer), encoding="utf-8")
+        Path(options.html).write_text(show.page(dataset.items, tokenizer), encoding="utf-8")
         print(f"dataset: {len(dataset)} examples -> {options.html}")
     for item in [] if options.html else dataset.items:
-        print(f"--- {item['source']} ({dataset.format})\n{colour(item, tokenizer)}")
+        print(f"--- {item['source']} ({dataset.format})\n{show.colour(item, tokenizer)}")
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

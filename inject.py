@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora import config
 from lora.base import fetch, load
-from lora.layer import LoRALinear, linear_size
+from lora.layer import linear_size
+from lora.run import cli
 from lora.surgery import count, find_blocks, freeze_base, lora_layers, wrap
+from lora.use import show
 
 
 def inject(model: nn.Module, *, target_modules: str | Sequence[str] = "all-linear",
@@ -83,33 +84,16 @@ def report(model: nn.Module, adapted: list[str]) -> str:
             f"({trainable / everything:.2%})")
 
 
-def tree(model: nn.Module) -> str:
-    """Draw the first adapted block, a line per module, with the LoRA layers' shapes."""
-    where, blocks = find_blocks(model)
-    used = [i for i, block in enumerate(blocks) if lora_layers(block)]
-    lines = [f"{where}.{used[0]}"]
-    for path, module in blocks[used[0]].named_modules():
-        if not path or path.endswith((".base_layer", ".dropout")):
-            continue
-        note = "  frozen" if list(module.parameters(recurse=False)) else ""
-        if isinstance(module, LoRALinear):
-            note = f"  LoRA  A {tuple(module.lora_A.shape)}  B {tuple(module.lora_B.shape)}"
-        lines.append("  " * (path.count(".") + 1) + path.rpartition(".")[2] + note)
-    if len(used) > 1:
-        lines.append(f"the same in blocks {used[1:]}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> None:
-    settings = config.take_config(argv, __doc__)
+    settings = cli.take_config(argv, __doc__)
     device = load.pick_device(settings.model.device)
     dtype = load.pick_dtype(settings.model.dtype, device)
     model = load.load_model(fetch.find(settings.model.name), device, dtype,
                             settings.model.trust_remote_code)
     adapted = inject(model, **dataclasses.asdict(settings.lora))
-    print(tree(model))
+    print(show.tree(model))
     print(report(model, adapted))
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -178,6 +178,5 @@ def pools_of(items: list[dict], per_epoch: dict[str, int], seed: int) -> list[tu
     return pools
 
 
-def learns_from_base(item: dict, replay_by: str) -> bool:
-    """Whether an example is learned from the base's own probabilities."""
-    return item["example"].get("kind") == "replay" and replay_by == "probabilities"
+if __name__ == "__main__":
+    raise SystemExit("keep.py is no command; its settings: python train.py --help")

@@ -14,7 +14,6 @@ answers to them.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 import data
 import dataset
-from lora import files, loss, surgery
+from lora import loss, surgery
 from lora.generate import generate
 from lora.run import parallel
 
@@ -223,13 +222,5 @@ def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
     return [item["example"]["messages"][:-1] for item in some_set.items[::stride]]
 
 
-def write_samples(file: Path, prompts: list[list[Message]], before: list[str],
-                  after: list[str]) -> None:
-    """Print the answers before and after, and write them as a Markdown table."""
-    rows = ["| question | before | after |", "|---|---|---|"]
-    for messages, *both in zip(prompts, before, after, strict=True):
-        question, old, new = (" ".join(text.split()) for text in (messages[-1]["content"], *both))
-        print(f"\n  {question}\n    before: {old:.100}\n    after:  {new:.100}")
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (question, old, new))
-                    + " |")
-    files.write(file, "\n".join(rows) + "\n")
+if __name__ == "__main__":
+    raise SystemExit("measure.py is no command; to ask a run: python -m scripts.compare runs/demo")

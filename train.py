@@ -30,9 +30,9 @@ from lora import adapter, config, loss, surgery
 from lora.base import fetch, load, quant
 from lora.fast import levers, memory
 from lora.optim import AdamW, epochs_of, lr_at
-from lora.run import advice, card, checkpoint, parallel, runlog
+from lora.run import advice, card, checkpoint, cli, parallel, runlog
 from lora.run.state import Progress
-from measure import Exam, Voice, chooses_by_recall, held_out_facts, write_samples
+from measure import Exam, Voice, chooses_by_recall, held_out_facts
 
 
 def main(argv: list[str]) -> None:
@@ -43,11 +43,12 @@ def main(argv: list[str]) -> None:
     device = parallel.start(load.pick_device(settings.model.device))
     folder_or_id = parallel.from_first(
         fetch.find(settings.model.name) if parallel.rank() == 0 else None)
+    base_name = fetch.public_name(settings.model.name)
     tokenizer = load.load_tokenizer(folder_or_id, settings.model.trust_remote_code)
     examples = data.load(**asdict(settings.data), seed=s.seed)
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
-    for note in dataset.notes(tokenizer, train_set.format, examples[0]):
+    for note in advice.about_format(dataset.FORMATS, train_set.format, tokenizer, examples[0]):
         print(f"dataset: {note}")
     extras, per_epoch = keep.extra_examples(examples[0], settings)
     retained = data.with_system(keep.read_facts(settings.keep.retain), settings.data.system, s.seed)
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     print(report(model, adapted))
 
     # ----- the run's folder: a new one, or the one to go on in
-    info |= runlog.data_identity(examples, tokenizer, train_set.format, data.system_of(examples[0]))
+    info |= runlog.data_identity(examples, tokenizer, train_set.format)
     identity = {**config.flat(settings), **info, "keep": runlog.digest(
         [e["messages"] for e in [*extras, *retained]])}
     with runlog.opened(s.run, resume, parallel.rank()) as folder:
@@ -67,30 +68,28 @@ def main(argv: list[str]) -> None:
             print(f"advice: {sentence}")
         if not saved:
             runlog.start(folder, asdict(settings), device=str(device), adapted=adapted,
-                         base_model=fetch.public_name(settings.model.name),
-                         examples=[len(part) for part in examples], **info)
+                         base_model=base_name, examples=[len(part) for part in examples], **info)
         voice = Voice(model, tokenizer, train_set.format)
-        if extras:
-            extras = keep.answer_replay(extras, voice, folder)
-            train_set.add(tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
+        if extras and (extras := keep.answer_replay(extras, voice, folder)):
+            train_set.items += tokenise(extras, tokenizer, settings.dataset, "mixed-in").items
 
         # ----- the loop; then the best adapter answers
         plan, batches, eval_every = plan_steps(model, train_set, per_epoch, settings, device,
                                                tokenizer.pad_token_id or 0)
         chooses_by_recall(s.best_by, len(held_out_facts(val_set)))
+        asked = val_set or train_set
         print(memory.report(model, batches(train_set.items[:2])[0],
                             batches([train_set[i] for i in plan[0][1]])[-1], batches.lean,
-                            *questions_at_once(val_set or train_set, retained, s)))
+                            *memory.questions_at_once(asked.items, len(held_out_facts(asked)),
+                                                      len(retained), s)))
         exam = Exam(voice, train_set, val_set, retained, settings, batches)
-
-        def save(name: str) -> None:
-            adapter.save(model, folder / name, fetch.public_name(settings.model.name))
-        run = Progress(folder, plan, s, batches=batches, save=save, rank=exam.rank,
-                       eval_every=eval_every if val_set else 0, identity=identity)
+        run = Progress(folder, plan, s, batches=batches, rank=exam.rank, identity=identity,
+                       save=lambda name: adapter.save(model, folder / name, base_name),
+                       eval_every=eval_every if val_set else 0)
         fit(model, train_set, batches, exam, run, s, saved)
         adapter.load(model, folder / "adapter")
         card.write(folder / "adapter", info, settings, run.best, run.first)
-        write_samples(folder / "samples.md", exam.prompts, run.before, exam.answers())
+        card.write_samples(folder / "samples.md", exam.prompts, run.before, exam.answers())
         from plots.figures import draw
         draw(folder)
     print(f"\n{run.summary(len(exam.facts))}\nrun: {folder}/ holds adapter/ (the best), last/, "
@@ -169,14 +168,14 @@ def accumulate(model, batches, window: list[dict], n_tokens: int, seed: int) -> 
 
 def parse(argv: list[str]) -> tuple:
     """(settings, folder of the run to resume or None, whether to resume a changed run)."""
-    parser = config.Parser(__doc__, settings=True, file=True)
+    parser = cli.Parser(__doc__, settings=True, file=True)
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut short")
     parser.add_argument("--force", action="store_true", help="resume although settings differ")
     options = parser.parse_args(argv)
     resume = runlog.resumable(options.resume) if options.resume else None
     if resume:
         options.config = resume / "config.json"
-    return config.settings_of(options), resume, options.force
+    return cli.settings_of(options), resume, options.force
 
 
 def tokenise(examples: list[dict], tokenizer, s, label: str) -> dataset.QADataset | None:
@@ -230,8 +229,9 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
         print(parallel.shard(model, find_blocks(model)[1], device))
     layout, lean = levers.choose_layout(model, s, load.use_attention)
     batches = dataset.Batches(
-        pad_id, device, layout, lean, micro_batch_size(train_set, s),
-        from_base=lambda item: keep.learns_from_base(item, settings.keep.replay_by),
+        pad_id, device, layout, lean, memory.micro_batch_size(train_set.items, s),
+        from_base=lambda item: (settings.keep.replay_by == "probabilities"
+                                and item["example"].get("kind") == "replay"),
         can_halve=not settings.model.shard)
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""
@@ -241,20 +241,5 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
     return plan, batches, eval_every
 
 
-def micro_batch_size(train_set, s) -> int:
-    """Examples a micro-batch: as many as train.token_budget takes, or what grad_accum leaves."""
-    if s.grad_accum != "auto":
-        return -(-s.batch_size // s.grad_accum)
-    longest = max(len(item["input_ids"]) for item in train_set.items)
-    return min(s.batch_size, max(1, s.token_budget // longest))
-
-
-def questions_at_once(some_set, retained: list[dict], s) -> tuple[int, int]:
-    """(prompts that an evaluation answers in one batch, tokens of the longest with its answer)."""
-    rows = max(8, len(held_out_facts(some_set)), len(retained))
-    longest = max(len(item["input_ids"]) for item in some_set.items)
-    return min(memory.ROWS, rows), longest + s.max_new_tokens
-
-
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -30,14 +31,19 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import dataset
 from inject import inject
-from lora import loss, surgery
+from lora import config, loss, surgery
 from lora.base import fetch, load
-from lora.fast import flat, leaves, memory
+from lora.fast import levers, memory
 from lora.optim import AdamW
 from lora.run import runlog
 
 R, ALPHA, LR, CLIP, BETAS, EPS, DECAY, SEED = 16, 32, 1e-3, 1.0, (0.9, 0.999), 1e-8, 0.0, 0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LEVERS = {"ours-no-prefix": {"layout": "flat"}, "ours-padded": {"layout": "padded"},
+          "ours-no-lean-head": {"lean_head": False}, "ours-no-fused-lora": {"fused_lora": False},
+          "ours-no-fused-leaves": {"fused_leaves": False},
+          "ours-plain": {"layout": "padded", "lean_head": False, "fused_lora": False,
+                         "fused_leaves": False}, "ours-checkpointing": {"checkpointing": True}}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
@@ -100,7 +106,7 @@ def received(batches: list[dict]) -> list[tuple]:
 
 
 def useful_flops(model: torch.nn.Module, steps: list[list[dict]], prefix: int) -> list[int]:
-    """Count the useful FLOPs of each step; the formula is at the top of train_speed.py."""
+    """Count the useful FLOPs of each step; the formula is at the end of RESULTS.md."""
     body = sum(module.weight.numel() for name, module in model.named_modules()
                if name.rpartition(".")[2] in TARGETS)
     head = model.get_output_embeddings().weight.numel()
@@ -136,7 +142,7 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
         steps = [sorted(step, key=lambda s: len(s["input_ids"])) for step in steps]
     rows = [{key: s[key] for key in ("input_ids", "labels")} for step in steps for s in step]
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
+        arguments = SFTConfig(
             folder, per_device_train_batch_size=size, gradient_accumulation_steps=batch // size,
             max_steps=len(steps), learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=DECAY,
@@ -144,7 +150,7 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
             use_cpu=model.device.type == "cpu", report_to="none", save_strategy="no",
             disable_tqdm=True, **settings)
         trainer = SFTTrainer(
-            model, config, processing_class=tokenizer,
+            model, arguments, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows),
             peft_config=LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS))
         initial_a, batches, losses, ends = same_start(trainer.model), [], [], []
@@ -177,10 +183,10 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
 def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config).train()
+    lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).train()
     initial_a, size = same_start(model), micro_size(arm, len(steps[0])) or len(steps[0])
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters, seen = [p for p in model.parameters() if p.requires_grad], []
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
     def padded(samples):
@@ -190,69 +196,58 @@ def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]
                                   padding_value=fill).to(model.device)
                 for key, fill in fills.items()}
 
-    def one_step(step):
-        batches = [padded(step[i:i + size]) for i in range(0, len(step), size)]
-        targets = [F.pad(b["labels"][:, 1:], (0, 1), value=loss.IGNORE_INDEX) for b in batches]
-        n_tokens, total = sum((t != loss.IGNORE_INDEX).sum().item() for t in targets), 0.0
-        for b, target in zip(batches, targets, strict=True):
-            logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"],
-                           use_cache=False).logits.float()
-            ce = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
-            (ce / n_tokens).backward()
-            total += ce.item() / n_tokens
-        clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total, batches
+    def batches_of(step):
+        seen.append([padded(step[i:i + size]) for i in range(0, len(step), size)])
+        return seen[-1]
 
-    losses, seconds, batches = clocked(one_step, steps)
-    return losses, seconds, [received(of_step) for of_step in batches], initial_a
+    def ce_of(batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                       use_cache=False).logits.float()
+        target = F.pad(batch["labels"][:, 1:], (0, 1), value=loss.IGNORE_INDEX)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+
+    losses, seconds = clocked(steps, batches_of, ce_of, parameters, optimizer.step)
+    return losses, seconds, [received(batches) for batches in seen], initial_a
 
 
 def run_ours(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
-    off = "lean-head fused-lora fused-leaves" if arm == "ours-plain" else arm.partition("-no-")[2]
-    layout = {"ours-no-prefix": "flat", "ours-padded": "padded", "ours-plain": "padded"}.get(
-        arm, "shared")
+    s = config.TrainConfig(**LEVERS.get(arm, {}))
     inject(model, target_modules=TARGETS, r=R, lora_alpha=ALPHA)
-    for layer in surgery.lora_layers(model).values():
-        layer.fused = "fused-lora" not in off
-    if "fused-leaves" not in off:
-        leaves.fuse(model)
-    if layout != "padded":
-        flat.enable(model, load.use_attention)
-    if arm == "ours-checkpointing":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    levers.fuse(model, s)
+    layout, lean = levers.choose_layout(model, s, load.use_attention)
     initial_a, parameters = same_start(model), surgery.adapter_parameters(model.train())
-    optimizer, lean = AdamW(parameters, BETAS, EPS, DECAY), "lean-head" not in off
+    optimizer = AdamW(parameters, BETAS, EPS, DECAY)
 
-    def batches(samples):
+    def batches_of(samples):
         return dataset.micro_batches(samples, len(samples), tokenizer.pad_token_id or 0,
                                      model.device, layout)
-    parts = memory.estimate(model, *batches(steps[0][:2]), *batches(steps[0]), lean)
+    parts = memory.estimate(model, *batches_of(steps[0][:2]), *batches_of(steps[0]), lean)
 
-    def one_step(step):
-        micro = batches(step)
-        n_tokens, total = sum(len(batch.targets) for batch in micro), 0.0
-        for batch in micro:
-            ce, _ = loss.ce_sum(model, batch, lean)
+    def ce_of(batch):
+        return loss.ce_sum(model, batch, lean)[0]
+    losses, seconds = clocked(steps, batches_of, ce_of, parameters, partial(optimizer.step, LR))
+    samples = [[(s["input_ids"], s["labels"]) for s in step] for step in steps]
+    return losses, seconds, samples, initial_a, {"estimate_gib": sum(parts.values()) / 2**30}
+
+
+def clocked(steps: list[list[dict]], batches_of: Callable, ce_of: Callable, parameters: list,
+            update: Callable) -> tuple[list[float], list[float]]:
+    """Train on the steps; returns their losses and seconds. ce_of sums the cross-entropy of one of
+    a step's batches."""
+    losses, ends = [], [time.perf_counter()]
+    for step in steps:
+        n_tokens, total = sum(y != loss.IGNORE_INDEX for s in step for y in s["labels"]), 0.0
+        for batch in batches_of(step):
+            ce = ce_of(batch)
             (ce / n_tokens).backward()
             total += ce.item() / n_tokens
         clip_grad_norm_(parameters, CLIP)
-        optimizer.step(LR)
-        optimizer.zero_grad()
-        return total, [(s["input_ids"], s["labels"]) for s in step]
-
-    return *clocked(one_step, steps), initial_a, {"estimate_gib": sum(parts.values()) / 2**30}
-
-
-def clocked(one_step: Callable, steps: list[list[dict]]) -> tuple:
-    """Time one_step(samples) -> (loss, received); returns (losses, seconds, received) of steps."""
-    results, ends = [], [time.perf_counter()]
-    for step in steps:
-        results.append(one_step(step))
+        update()
+        for parameter in parameters:
+            parameter.grad = None
+        losses.append(total)
         ends.append(time.perf_counter())
-    losses, samples = zip(*results, strict=True)
-    return losses, [end - start for start, end in pairwise(ends)], samples
+    return losses, [end - start for start, end in pairwise(ends)]
 
 
 # ----- one process -------------------------------------------------------------------------------

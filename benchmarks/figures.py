@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from lora import config
+from lora.run import cli
 from plots.figures import plain, plt, save
 
 KINDS = (("TRL, its fastest settings", "train"), ("TRL, transformers' loss put in", "lr"),
@@ -16,7 +16,7 @@ KINDS = (("TRL, its fastest settings", "train"), ("TRL, transformers' loss put i
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", nargs="?", default="benchmarks/results", metavar="FOLDER",
                         help="where the results are")
     print(draw(parser.parse_args(argv).folder))
@@ -63,8 +63,7 @@ def bars(groups: list[dict], colours: dict) -> plt.Figure:
         f"{g['model'].removesuffix('-instruct')}\n{g['prefix']} shared tokens" for g in groups])
     left.set_xlim(0, 1.15 * max(g["results"]["ours"]["fastest"] for g in groups))
     left.invert_yaxis()
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper left",
-                  ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
     for name, arm in longest["results"].items():
         if "error" not in arm:
@@ -73,8 +72,8 @@ def bars(groups: list[dict], colours: dict) -> plt.Figure:
                        lw=2 if ours else 6, alpha=1 if ours else 0.4,
                        color=colours["val" if ours else "train"])
     right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    right.set_title("the same loss", loc="left", fontweight="bold", color=colours["ink"])
-    right.legend(frameon=False)
+    right.set_title("the same loss")
+    right.legend()
     plain(left, colours)
     plain(right, colours)
     return figure
@@ -90,4 +89,4 @@ def kind_of(arm: str) -> int | None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -7,38 +7,7 @@ Compare the training speed of this project, a plain transformers + PEFT loop, an
     python -m benchmarks.train_speed --model gemma-3-270m --prefix 300 --arms trl-default,ours
     python -m benchmarks.train_speed --steps 60 --reps 1 --out curves.json      # loss curves
 
-Arms (MxA: A micro-batches of M samples make one step)
-  trl-default    SFTTrainer, every setting that matters for speed left alone: micro-batches of 8,
-                 bfloat16 autocast over float32 weights, gradient checkpointing
-  trl-D-MxA      checkpointing off; D is fp32, bf16 (weights) or autocast; then any of
-                 -paddingfree    the samples of a micro-batch in one row
-                 -lengthgrouped  a step's samples sorted by length: less padding, the same step
-                 -fulllogits     transformers' loss in place of TRL's tiled one: not a setting
-                                 of TRL, its compute_loss is replaced
-                 -checkpointing  on, as is TRL's default
-  trl-grid       the settings of GRID
-  peft-loop      get_peft_model, right-padded, full logits, torch's AdamW; peft-loop-MxA splits
-  ours           and with a lever off: ours-no-prefix (flat, nothing shared), ours-padded,
-                 ours-no-lean-head, ours-no-fused-lora, ours-no-fused-leaves, ours-plain (padded,
-                 all off); or with one more: ours-checkpointing
-
-The rules
-  - Every arm gets the same token ids, labels, samples per step and initial A (B is 0). Hashes of
-    what went in are compared; an arm that got something else is shown as failed.
-  - r, lora_alpha, modules, AdamW, learning rate, clipping and the loss (the mean over all labelled
-    tokens of a step) are equal. The losses are compared with those of peft-loop, step by step.
-  - Nothing is packed across steps. Every repetition of an arm is a process of its own, arms take
-    turns (A B C A B C), and the first step of each is reported apart.
-  - tokens/s counts the tokens of each sample once per sample: no pads, and a shared prompt as
-    often as it occurs.
-
-Of peak: useful FLOPs / (seconds x FLOP/s of the best matmul measured in the arm's dtype), where
-
-    useful FLOPs of a step = 4 N T + 4 V H L           forward 2, gradient of the input 2
-
-N parameters of the frozen projections, T tokens, a shared prompt once per step, V x H the head,
-L labelled tokens. Work done twice, on pads or on tokens without a label is not useful; attention
-and the adapters are left out.
+benchmarks/RESULTS.md says what every arm is, which rules hold, and what the columns mean.
 """
 
 import argparse
@@ -53,7 +22,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from lora import config
+from lora.run import cli
 
 WARMUP = 1                                             # steps before the clock counts
 DEFAULT = "trl-{d}-{q}x4-lengthgrouped,trl-{d}-{q}x4-lengthgrouped-fulllogits,peft-loop-{q}x4,ours"
@@ -67,7 +36,7 @@ ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgroupe
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name or a folder")
     parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID; {d} "
                         "stands for fp32, or for bf16 where --dtype is bfloat16")
@@ -89,7 +58,7 @@ def main(argv: list[str]) -> None:
     ).split(",")
     unknown = [name for name in names if not re.fullmatch(ARM, name)]
     if unknown:
-        parser.error(f"unknown arms {unknown}; the top of benchmarks/train_speed.py lists them")
+        parser.error(f"unknown arms {unknown}; benchmarks/RESULTS.md lists them")
     print(json.dumps({k: v for k, v in host.items() if k not in ("hashes", "tokens")}, indent=2))
     runs = {name: [] for name in names}
     bar = tqdm([name for _ in range(options.reps) for name in runs], unit="run", dynamic_ncols=True)
@@ -181,4 +150,4 @@ def table(arms: dict[str, dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

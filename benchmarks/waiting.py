@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from lora import config
+from lora.run import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {f"{n} turns": {"GOMP_SPINCOUNT": n} for n in ("300000", "3000", "1000", "300")} | {
@@ -28,19 +28,16 @@ SETTINGS = {f"{n} turns": {"GOMP_SPINCOUNT": n} for n in ("300000", "3000", "100
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
-    parser.add_argument("--steps", type=int, default=8,
-                        help="steps of a run; the first is not counted")
+    parser = cli.Parser(__doc__)
     parser.add_argument("--reps", type=int, default=2, help="runs of each setting")
-    parser.add_argument("--busy", type=int, default=1, help="busy loops beside a run")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME",
                         help="settings to time")
     options = parser.parse_args(argv)
-    times = {(name, n): [] for name in options.only for n in (0, options.busy)}
+    times = {(name, n): [] for name in options.only for n in (0, 1)}
     for _ in range(options.reps):
         for name, n in times:
             with busy(n):
-                times[name, n] += step_times(SETTINGS[name], options.steps)
+                times[name, n] += step_times(SETTINGS[name])
             print(f"{name:14} {n} busy: {summary(times[name, n])}", flush=True)
     base = median(times[options.only[0], 0])
     print(f"\nseconds a step: median (least to most); quiet {options.only[0]} is 1.00")
@@ -48,14 +45,14 @@ def main(argv: list[str]) -> None:
         print(f"| {name} | {n} busy loops | {summary(seconds)} | {median(seconds) / base:.2f} |")
 
 
-def step_times(environment: dict[str, str], steps: int) -> list[float]:
+def step_times(environment: dict[str, str]) -> list[float]:
     """Run the default config in a new process; returns the seconds of each step after the first."""
     kept = {k: v for k, v in os.environ.items()
             if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as home:
         subprocess.run(
             [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
-             f"--train.max_steps={steps}", "--data.val_fraction=0", "--train.max_new_tokens=1",
+             "--train.max_steps=8", "--data.val_fraction=0", "--train.max_new_tokens=1",
              "--train.checkpoint_every=0"],
             cwd=home, check=True, capture_output=True, env=kept | environment)
         lines = [json.loads(line) for line in
@@ -80,4 +77,4 @@ def summary(seconds: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

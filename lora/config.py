@@ -1,5 +1,5 @@
 """
-Every setting of a run, with its type and its documentation; and the command line of every command.
+Every setting of a run, with its type and its documentation.
 
     config = load("config.json", ["--lora.r=16", "--train.run=r16"])
     config.lora.r                                   # 16
@@ -9,19 +9,16 @@ A section of config.json is a dataclass below; the comment behind a field is its
 values out of range are one error that lists them all.
 """
 
-import argparse
 import difflib
-import inspect
 import json
 import os
 import re
-import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from . import files
 
@@ -277,105 +274,7 @@ def _show(value):
     return text if len(text) < 60 else text[:57] + "..."
 
 
-# ----- the command line --------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """The command line of a command. --help shows the module's docstring and every default; a
-    wrong option is a ValueError that names it first. With settings, it also takes --config FILE
-    and --section.key=value (see settings_of); with file, a plain argument is data.path."""
-
-    def __init__(self, doc: str | None, settings: bool = False, file: bool = False):
-        self.known, self.settings = [], settings               # the names of all options
-        command = re.search(r"^ {4}(python (-m )?[\w./]+)", doc or "", re.M)    # the first example
-        super().__init__(prog=command and command[1], description=doc and doc.strip(),
-                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if settings:
-            self.add_argument("--config", default="config.json", metavar="FILE",
-                              help="what differs from the settings below")
-            for key in flat(Config()):
-                self.add_argument(f"--{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        if file:
-            self.add_argument("data.path", nargs="?", metavar="FILE", default=argparse.SUPPRESS,
-                              help="the data, as --data.path=FILE")
-
-    def add_argument(self, *names: str, **details) -> argparse.Action:
-        """Add an argument as argparse does, and its default to its help."""
-        if details.get("default") not in (None, argparse.SUPPRESS, []):
-            details["help"] = f"{details.get('help', '')} (default: {details['default']})".lstrip()
-        self.known += names
-        return super().add_argument(*names, **details)
-
-    def format_help(self) -> str:
-        rows = [f"  {f'--{key}={default}':36} {comment}" + (f"; {values}" if '"' in values else "")
-                for key, default, values, comment in described()]
-        head = "\nsettings, as --section.key=value, with their defaults:\n"
-        return super().format_help() + (head + "\n".join(rows) + "\n" if self.settings else "")
-
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
-        names = [word.partition("=")[0] for word in argv]
-        wrong = [name for name in names if re.match("--?[a-zA-Z]", name) and " " not in name
-                 and name not in self.known]
-        options, rest = (None, wrong) if wrong else self.parse_known_args(argv)
-        if not rest:
-            return options
-        name = rest[0].partition("=")[0]
-        leaves = {_leaf(option): option[2:] for option in self.known if option[:2] == "--"}
-        guess = nearest(_leaf(name), leaves) if wrong or "=" in rest[0] else None
-        raise ValueError(f"{name}: unknown {'option' if wrong else 'argument'}; " + (
-            f"did you mean --{guess}?" if guess else f"{self.prog} --help lists all"))
-
-    def error(self, message: str) -> NoReturn:
-        message = re.sub("^argument |^the following arguments are ", "", message)
-        raise ValueError(f"{message}; {self.prog} --help lists all")
-
-
-def _leaf(option):
-    """--train.max-steps -> max_steps"""
-    return option.lstrip("-").rpartition(".")[2].replace("-", "_")
-
-
-def described() -> Iterator[tuple[str, str, str, str]]:
-    """(key, default, values, comment) of every setting, as texts."""
-    for section in fields(Config):
-        source = inspect.getsource(section.default_factory)
-        for name, hint in get_type_hints(section.default_factory).items():
-            default = json.dumps(getattr(section.default_factory, name))
-            comment = re.search(rf"^    {name}: .*?  # (.+)$", source, re.M)[1]
-            yield f"{section.name}.{name}", default, type_in_words(hint), comment
-
-
-def overrides(options: argparse.Namespace) -> list[str]:
-    """The settings among a Parser's options, as --section.key=value."""
-    return [f"--{key}={text}" for key, text in vars(options).items()
-            if "." in key and text is not None]
-
-
-def settings_of(options: argparse.Namespace) -> Config:
-    """The Config that a Parser's options choose."""
-    return load(options.config, overrides(options))
-
-
-def take_config(argv: list[str], doc: str | None = None, file: bool = False) -> Config:
-    """The Config of a command that takes nothing but settings, and with file the data's name."""
-    return settings_of(Parser(doc, settings=True, file=file).parse_args(argv))
-
-
 def flat(settings: Config) -> dict[str, Any]:
     """{"train.lr": 0.001, ...}: every setting under its whole name."""
     return {f"{section}.{key}": value for section, values in asdict(settings).items()
             for key, value in values.items()}
-
-
-def run_cli(main: Callable[[list[str]], int | None], argv: list[str]) -> NoReturn:
-    """Run a command line with UTF-8 output. A ValueError is the user's to fix: it is printed
-    without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                     # not the stand-in of a notebook
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        sys.exit(main(argv))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")

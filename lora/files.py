@@ -1,8 +1,7 @@
 """
-Write files whole or not at all, and lock a folder for one process.
+Write files whole or not at all, and read JSON with care.
 
     write("runs/demo/run.json", text)       # to a scratch file, to the disk, then into place
-    with locked("runs/demo"): ...           # a second process gets an error that names this one
 """
 
 import contextlib
@@ -11,11 +10,6 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:                                            # not on Windows: no lock there
-    fcntl = None
 
 
 def write(file: str | Path, data: bytes | str) -> None:
@@ -37,20 +31,6 @@ def write(file: str | Path, data: bytes | str) -> None:
         sync(file.parent)
 
 
-def append(file: str | Path, text: str) -> None:
-    """Add a line to a file. Readers see it at once; only sync() waits for the disk."""
-    with saving(file), open(file, "a", encoding="utf-8") as out:
-        out.write(text + "\n")
-
-
-def cut(file: str | Path, size: int) -> None:
-    """Cut a file to its first size bytes, if it is longer."""
-    file = Path(file)
-    if file.exists() and file.stat().st_size > size:
-        with saving(file):
-            os.truncate(file, size)
-
-
 def sync(path: str | Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     if os.name == "posix" or Path(path).is_file():             # Windows opens no folders
@@ -69,28 +49,6 @@ def saving(file: str | Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"save: {file}: {error.strerror or error}. What was saved before is whole;"
                          " make room or allow writing, then go on with --resume") from error
-
-
-@contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Lock a folder, which need not exist, until the block or the process ends. Raises ValueError
-    that names the process that holds it."""
-    path = Path(folder).resolve()
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115
-    with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise ValueError(f"run: {folder} is written by process {file.read().strip() or '?'}; "
-                             "wait for it, or choose another name with --train.run") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def stay_inside(folder: str | Path, names: Iterable[str] = ()) -> None:

@@ -107,17 +107,6 @@ class LabelledCE(torch.autograd.Function):
         return torch.cat(ctx.saved_tensors) * d_total, None, None, None, None, None
 
 
-def head_is_linear(model: nn.Module) -> bool:
-    """Try on four tokens whether logits are hidden W^T + bias and nothing else (no softcap, no
-    scale), as LabelledCE needs."""
-    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)
-    if model.base_model is model or not isinstance(head, nn.Linear):
-        return False
-    batch = Batch({"input_ids": ids[None]}, ids, ids)
-    with torch.no_grad():
-        return torch.equal(head(hidden_at(model, batch)[None])[0], logits_at(model, batch))
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], lean: bool = True) -> list:
     """Return [nats, supervised tokens ranked first, supervised tokens], summed over all batches:

@@ -84,13 +84,7 @@ def epochs_of(s: TrainConfig, n: int) -> float:
     return max(4, 24 / math.ceil(n / s.batch_size)) if s.epochs == "auto" else s.epochs
 
 
-def steps_of(s: TrainConfig, n: int) -> int:
-    """Return the steps of a run with n examples an epoch."""
-    return s.max_steps or max(1, round(epochs_of(s, n) * math.ceil(n / s.batch_size)))
-
-
-def lr_at(step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine",
-          floor: float = 0.0) -> float:
+def lr_at(step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine") -> float:
     """Return the learning rate of update number step (0 is the first).
 
     >>> [lr_at(s, peak=1.0, warmup=1, total=5, schedule="linear") for s in range(5)]
@@ -99,13 +93,13 @@ def lr_at(step: int, *, peak: float, warmup: int, total: int, schedule: str = "c
     # 1) linear warm-up; step + 1, so that the first update is not wasted at lr = 0
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    # 2) past the end, hold the floor
+    # 2) past the end
     if step >= total:
-        return floor
-    # 3) from peak down to floor
+        return 0.0
+    # 3) from peak down to 0
     done = (step - warmup) / (total - warmup)                  # 0 .. 1
     if schedule == "constant":
         return peak
     if schedule == "linear":
-        return floor + (peak - floor) * (1 - done)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))

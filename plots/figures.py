@@ -22,13 +22,14 @@ LIGHT = {"paper": "#ffffff", "ink": "#24292f", "faint": "#d0d7de",
 DARK = {"paper": "#0d1117", "ink": "#d6dce4", "faint": "#30363d",
         "train": "#6cb0ee", "val": "#ff9e64", "recall": "#58c98a", "lr": "#7d848e"}
 INKED = "text.color", "axes.labelcolor", "xtick.color", "ytick.color"
+STYLE = {"legend.frameon": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
 
 
 def save(file: Path, figure_of: Callable[[dict], plt.Figure], **style) -> Path:
     """Write NAME.png and NAME-dark.png; returns the first path. figure_of draws the figure in the
     colours it receives; style: more rc parameters of matplotlib."""
     for path, colours in ((file.with_stem(f"{file.stem}-dark"), DARK), (file, LIGHT)):
-        with plt.rc_context(dict.fromkeys(INKED, colours["ink"]) | style):
+        with plt.rc_context(dict.fromkeys(INKED, colours["ink"]) | STYLE | style):
             figure = figure_of(colours)
             figure.savefig(path, dpi=150, facecolor=colours["paper"])
             plt.close(figure)
@@ -122,8 +123,8 @@ def curves(lines: list[dict], title: str, colours: dict) -> plt.Figure:
     low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     top.set(ylabel="loss (nats per supervised token)",
             ylim=(0, 1.05 * max([*losses, *(e["val_loss"] for e in val)]) or 1))
-    top.set_title(title, loc="left", fontweight="bold", color=colours["ink"])
-    top.legend(loc="center right", frameon=False)
+    top.set_title(title)
+    top.legend(loc="center right")
 
     best = next((line for line in reversed(lines) if line.get("best")), None)
     if best:
@@ -174,7 +175,7 @@ def heat_map(modules: list[dict], title: str, colours: dict) -> plt.Figure:
         panel.set_yticks(range(len(rows)), rows)
         plain(panel, colours)
         panel.set_facecolor(colours["faint"])
-    panels[0].set_title(title, loc="left", fontweight="bold", color=colours["ink"])
+    panels[0].set_title(title)
     panels[1].set_xlabel("block (x: an update that is dead)" if dead else "block")
     panels[1].xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -8,34 +8,22 @@ Chat uses the system prompt and the format stored with the run. A conversation l
 tokens loses its oldest turns, or keeps them as notes: lora/use/conversation.py.
 """
 
-import json
 import sys
 from pathlib import Path
-from typing import TextIO
 
-from lora import config
+from lora.run import cli, runlog
 from lora.use.conversation import MEMORIES, Conversation
 from scripts.voices import Voices, with_system
 
-HELP = """  /use NAME      answer with another adapter, under its own system prompt
-  /base          answer with the base model; /use NAME goes back
-  /compare TEXT  the answers of the base and of every adapter; without TEXT to the last message
-  /scale 0.6     the strength of the adapter: 0 is the base, 1 as trained
-  /system TEXT   another system prompt; without TEXT show it
-  /memory MODE   what happens to old turns: window, summary or retrieve
-  /retry         the last message again (with temperature: another answer)
-  /save FILE     write the conversation as a line of JSONL, as training reads it
-  /reset         forget the conversation
-  /help          this list; an empty line or Ctrl-D ends"""
-
+HELP = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n")
 SUMMARISE = "Summarise this conversation in two short sentences. Keep names and facts."
 
 
 class Chat:
     """A conversation: the adapter, its strength, the turns so far. options are main's."""
 
-    def __init__(self, voices: Voices, options, out: TextIO | None = None):
-        self.voices, self.options, self.out = voices, options, out or sys.stdout
+    def __init__(self, voices: Voices, options):
+        self.voices, self.options = voices, options
         self.name, self.scale, self.n_answers = next(iter(voices.runs)), 1.0, 0
         budget = options.budget or voices.runs[self.name].settings.dataset.max_length
         self.talk = Conversation(self.count_tokens, budget, voices.system(self.name),
@@ -50,9 +38,6 @@ class Chat:
         """The format of the run; the base answers in that of the first run."""
         return self.voices.format(self.name or next(iter(self.voices.runs)))
 
-    def say(self, *parts):
-        print(*parts, file=self.out, flush=True)
-
     def answer(self, name: str | None, messages: list[dict]) -> str:
         """Print an answer as it grows and return it; name is an adapter, or None for the base."""
         shown = 0
@@ -60,18 +45,18 @@ class Chat:
         def show(_, text):
             nonlocal shown
             if not text.endswith("\ufffd"):                 # half a character: wait for the rest
-                print(text[shown:], end="", file=self.out, flush=True)
+                print(text[shown:], end="", flush=True)
                 shown = len(text)
-        print(f"{name or 'base'}: ", end="", file=self.out, flush=True)
+        print(f"{name or 'base'}: ", end="", flush=True)
         o, self.n_answers = self.options, self.n_answers + 1
         (answer,) = self.voices.ask(
             [messages], name, self.format, scale=self.scale if name else 1.0, on_text=show,
             min_words=o.min_words, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
             top_p=o.top_p, seed=f"{o.seed} {self.n_answers}")
         rest = "" if answer.expanded else answer.text[shown:]
-        self.say(rest if answer.ended else f"{rest} [cut off: --max-new-tokens]")
+        print(rest if answer.ended else f"{rest} [cut off: --max-new-tokens]")
         if answer.expanded:
-            self.say(f"  [shorter than {o.min_words} words; asked for more:]\n{answer.text}")
+            print(f"  [shorter than {o.min_words} words; asked for more:]\n{answer.text}")
         return answer.text
 
     def summarise(self, summary: str, turns: list[tuple]) -> str:
@@ -93,17 +78,17 @@ class Chat:
         commands[command](rest.strip())
 
     def do_help(self, _):
-        self.say(HELP)
+        print(HELP)
 
     def do_use(self, name):
         if name not in self.voices.runs:
             raise ValueError(f"chat: no adapter {name!r}; there are {', '.join(self.voices.runs)}")
         self.name, self.talk.system = name, self.voices.system(name)
-        self.say(f"  now {name}, system prompt: {self.talk.system}")
+        print(f"  now {name}, system prompt: {self.talk.system}")
 
     def do_base(self, _):
         self.name = None
-        self.say(f"  now the base model, system prompt: {self.talk.system}")
+        print(f"  now the base model, system prompt: {self.talk.system}")
 
     def do_compare(self, text):
         text = text or (self.talk.turns[-1][0] if self.talk.turns else "")
@@ -125,20 +110,20 @@ class Chat:
         if not 0 <= scale <= 4:
             raise ValueError(f"chat: /scale {text}: expected 0 (the base) to 4; 1 is as trained")
         self.scale = scale
-        self.say(f"  the adapter now acts {scale:g} times as strongly as trained")
+        print(f"  the adapter now acts {scale:g} times as strongly as trained")
 
     def do_system(self, text):
         if text:
             self.talk.system = text
             if text != self.voices.system(self.name):
-                self.say("  the adapter was never trained on it: training had another")
-        self.say(f"  system prompt: {self.talk.system}")
+                print("  the adapter was never trained on it: training had another")
+        print(f"  system prompt: {self.talk.system}")
 
     def do_memory(self, mode):
         if mode not in MEMORIES:
             raise ValueError(f"chat: /memory {mode}; expected {', '.join(MEMORIES)}")
         self.talk.memory = mode
-        self.say(f"  memory: {mode}")
+        print(f"  memory: {mode}")
 
     def do_retry(self, _):
         if not self.talk.turns:
@@ -156,18 +141,16 @@ class Chat:
             raise ValueError("chat: nothing to save yet")
         turns = [pair for q, a in self.talk.turns for pair in (("user", q), ("assistant", a))]
         messages = [{"role": r, "content": c} for r, c in turns]
-        record = {"messages": with_system(messages, self.talk.system)}
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.say(f"  added to {file}: {len(self.talk.turns)} turns")
+        runlog.append(file, {"messages": with_system(messages, self.talk.system)})
+        print(f"  added to {file}: {len(self.talk.turns)} turns")
 
     def do_reset(self, _):
         self.talk.reset()
-        self.say("  forgotten")
+        print("  forgotten")
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders on one base")
     parser.add_argument("--memory", choices=MEMORIES, default="window", help="of old turns")
     parser.add_argument("--budget", type=int, help="tokens sent at most (default: as in training)")
@@ -202,4 +185,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -33,9 +33,10 @@ import data
 import dataset
 from lora import adapter, config
 from lora.base import fetch, load
-from lora.generate import Stop, generate
-from lora.run import runlog
+from lora.generate import Stop
+from lora.run import cli, runlog
 from lora.use import readers
+from measure import Voice
 
 BASE = "base"          # what the server calls the base model
 TIE = 0.25             # of log probability
@@ -43,7 +44,7 @@ ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACH
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, e.g. runs/demo")
     parser.add_argument("--vllm", default=".venv-vllm/bin/vllm", help="its executable")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -63,8 +64,8 @@ def main(argv: list[str]) -> int:
 
     def render(messages):
         return dataset.render(messages, tokenizer, format, reply=True)[0]
-    prompts = [pick(run.settings, args.n) for run in runs]
-    prompts = dict(zip([BASE, *(run.name for run in runs)], [prompts[0], *prompts], strict=True))
+    prompts = {run.name: pick(run.settings, args.n) for run in runs}
+    prompts = {BASE: prompts[runs[0].name], **prompts}
     good, theirs, clock = True, {}, time.perf_counter()
     with serve(line, args.seconds) as post:
         print(f"check: vLLM was ready after {time.perf_counter() - clock:.0f} s")
@@ -78,11 +79,11 @@ def main(argv: list[str]) -> int:
             model = load.load_model(line[2], load.pick_device(), getattr(torch, dtype))
             if run:
                 adapter.load(model, run.adapter)
-            ids = list(map(render, prompts[name]))
-            ours = [tokenizer.decode(answer, skip_special_tokens=True).strip()
-                    for answer in generate(model, ids, stop, args.tokens)]
+            voice = Voice(model, tokenizer, format)
+            ours = [answer.text for answer in voice.ask(prompts[name], args.tokens)]
+            scores = score(model, list(map(voice.ids, prompts[name])), theirs[name])
             print(f"\n{name}: vLLM in {args.dtype}, ours in {dtype}")
-            good &= compare(prompts[name], theirs[name], ours, score(model, ids, theirs[name]))
+            good &= compare(prompts[name], theirs[name], ours, scores)
     print("\ncheck: vLLM " + ("agrees" if good else "DIFFERS"))
     return int(not good)
 
@@ -247,4 +248,4 @@ def compare(prompts: list[list[dict]], theirs: list[dict], ours: list[str],
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

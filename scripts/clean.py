@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,44 +24,17 @@ from unicodedata import category
 from tqdm import tqdm
 
 import data
-from lora import config, files
+from lora import files
+from lora.run import cli
 from lora.use.text import loops, near_duplicates, rep, words
 
-KINDS = {  # kind: (what is done with such a record, what it is)
-    "refused": ("drop", "data.py cannot use it: not JSON, roles out of order, no answer, ..."),
-    "empty": ("drop", "a message without visible text"),
-    "mojibake": ("drop", "text read in a wrong encoding"),
-    "filler": ("drop", "an answer without content: only punctuation, hmm, ok"),
-    "cut": ("drop", "an answer that stops in the middle"),
-    "loop": ("drop", "an answer that repeats itself"),
-    "same": ("drop", "equal to an earlier dialogue, apart from case and white space"),
-    "near": ("drop", "nearly the answers of an earlier record (not facts, not short answers)"),
-    "open": ("warn", "a long answer without a sentence end, where nearly all others have one"),
-    "pii": ("warn", "an e-mail address, a phone or ID number")}
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+KINDS = TABLE["kinds"]    # kind: [what is done with such a record, what it is]
 FEW, LONG = 12, 20        # words: fewer may repeat, more should end as a sentence does
-
-HIGH = "".join(map(chr, range(0x80, 0xc0))) + bytes(range(0x80, 0xa0)).decode("cp1252", "ignore")
-ODD = re.sub("[\xa0…“”‘’–—«»°·]", "", HIGH)               # the others may follow é: “café…”
-MOJIBAKE = re.compile("|".join((                          # UTF-8 read as Latin-1, cp1252 or GBK
-    "[\ufffd\ud800-\udfff]", "锟斤拷", "ï»¿", "ðŸ", "[銆鏄鎴鐨]", f"(?<![A-ZÀ-Þ“\"])[ÂÃ][{HIGH}]",
-    f"(?:[Â-ß][{HIGH}]){{2}}", f"[à-ï](?=.?[{ODD}])[{HIGH}]{{2}}")))
-FILLER = re.compile("ok|okay|h+m+|m+h+m+|mm+|u+[hm]+|o+h+|a+h+|lol|(?:ha)+h*|nan|todo|tbd|"
-                    "[嗯哦噢喔啊呃额唔哈呵]")
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)
-FACE = re.compile(r"(?<!\w)[:;=xX>]['^o-]?[(\[{（]|[(（]['^o-]?[:;=]|[(\[{（]$|:\w+:$|\bD:$")
-END = re.compile(r"[.!?…。！？～~`][\"'”’»」』)）\]*_]*$|(?:regards|sincerely|wishes|love),$", re.I)
-LAST = re.compile("|".join((                              # what something should follow
-    r"(?<!anything)(?<!all)\s(?:an?|the|and|or|but|nor|because|although|whereas)$",
-    "(?<!没有)(?:因为|但是|而且|并且|以及|虽然)$", "(?<![,，、])[,，、]$", "[:：]$",
-    r"(?:[a-z]{2}|\s)-$")))
+CODE, END, FACE, FILLER, LAST, MOJIBAKE, PRIVATE = (
+    re.compile("|".join(TABLE["patterns"][name]).replace("HIGH", TABLE["HIGH"]))
+    for name in ("code", "end", "face", "filler", "last", "mojibake", "private"))
 NARROW = str.maketrans("０１２３４５６７８９＠－＋", "0123456789@-+")
-PRIVATE = re.compile("|".join((
-    r"(?<![\w.%+-])[\w.%+-]{1,64}@(?!example\.)(?:[\w-]{1,63}\.){1,8}[a-z]{2,24}",
-    r"(?<!\d)\d{6}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dx](?!\w)",
-    r"(?<!\d)(?<!\d\.)(?:\+?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\w)",       # 138 0013 8000
-    r"(?<!\w)\+\d(?:[ ().-]{0,2}\d){8,14}(?!\w)",                               # +44 20 7946 0958
-    r"(?<![\w.+-])(?<!\d )0\d(?:[ -]?\d){7,10}(?![\w:])",                       # 010-12345678
-    r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4}(?![\w-])")), re.A | re.I)
 
 
 @dataclass
@@ -78,7 +52,7 @@ class Record:
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.epilog = "\n".join(
         ["kinds:", *(f"  {k:9} {do}  {what}" for k, (do, what) in KINDS.items())])
     add = parser.add_argument
@@ -301,4 +275,4 @@ def write(path: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -26,9 +26,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import data
-from lora import config
+from lora import files
 from lora.optim import epochs_of
-from lora.run import runlog
+from lora.run import cli, runlog
 from lora.use import report, text
 from measure import Answer
 from scripts.voices import Voices, read_prompts, with_system
@@ -36,54 +36,10 @@ from scripts.voices import Voices, read_prompts, with_system
 CHUNK = 64                        # prompts answered together
 COPIED = 25                       # characters of a train reply that count as copied
 HALF = 0.5                        # share of an answer from which a copy or an echo flags it
+METRICS = files.read_json(Path(__file__).with_suffix(".json"))   # as the report shows them
 
 Nats = dict[tuple[str, str], list[float]]     # by (column id, persona): see surprise()
 Shown = dict[str, list[list[dict]]]           # by column id: for each prompt the judged answers
-
-
-class Metric(NamedTuple):
-    id: str
-    label: str
-    unit: str
-    better: str | None            # lower, higher or neither
-    note: str
-    digits: int = 0
-    percent: bool = False
-    tile: bool = False            # shown at the top of the report
-    reference: float | None = None
-
-
-METRICS = (
-    Metric("nll", "NLL of held-out replies", "nats/char", "lower",
-           "How much the replies of the persona's author, which no adapter was trained on, "
-           "surprise the model: per character, with the token that ends the answer.", 3),
-    Metric("lift", "NLL lift over the base", "nats/char", "higher", "How much less than the base "
-           "without system prompt, reply by reply.", 3, tile=True, reference=0),
-    Metric("over_prompt", "NLL lift over the prompted base", "nats/char", "higher",
-           "What the adapter adds to its system prompt. Not above 0: the prompt alone does as "
-           "well.", 3, tile=True, reference=0),
-    Metric("survival", "lift without system prompt", "", "higher", "The share of the adapter's "
-           "lift that is left when the system prompt is not sent.", percent=True),
-    Metric("words", "words an answer", "words", None,
-           "Greedy answers. Many gains in style are gains in length.", tile=True),
-    Metric("distinct", "distinct-2", "", "higher", "Different word pairs / word pairs in the first "
-           "{limit} words of every column, for it falls with length. No interval: an answer drawn "
-           "twice would repeat its pairs.", 2),
-    Metric("loop", "answers with a loop", "", "lower", "The same words three times in a row, or "
-           "more than half of the 4-grams said before. All decodings.", percent=True, tile=True),
-    Metric("cut", "answers that did not end", "", "lower",
-           "Cut off at the longest length allowed. All decodings.", percent=True),
-    Metric("same", "sameness", "", "lower", "How much a greedy answer shares with the answer to "
-           "another prompt: the highest Jaccard similarity of word 3-grams.", 2),
-    Metric("echo", "echo of the prompt", "", "lower", "The longest stretch of the answer that "
-           "stands in the prompt or system prompt, as a share of the answer.", percent=True),
-    Metric("longest", "longest copied stretch", "chars", "lower", "Characters in a row that stand "
-           f"in one training reply, if {COPIED} or more. The author's own held-out replies have "
-           "{author:.0f}."),
-    Metric("copied", "copied answers", "", "lower", "One stretch of a training reply makes up more "
-           "than half of the answer. All decodings.", percent=True, tile=True),
-    Metric("break", "breaks of character", "", "lower",
-           '"As an AI", a maker\'s name, a stock refusal. All decodings.', percent=True, tile=True))
 
 
 class Column(NamedTuple):
@@ -104,9 +60,7 @@ class Material(NamedTuple):
 
 def columns_of(voices: Voices) -> list[Column]:
     """The base, the base under each system prompt of the runs, and each adapter under its own."""
-    names, owners_of = list(voices.runs), {}
-    for name in names:
-        owners_of.setdefault(voices.system(name), []).append(name)
+    names, owners_of = list(voices.runs), data.group_by(voices.system, voices.runs)
     columns = [Column("base", "base", "base", None, None, tuple(names))]
     for system, owners in owners_of.items():
         if system is not None:
@@ -202,7 +156,7 @@ def measure(columns: list[Column], nats: Nats, shown: Shown, author_copies: list
     that each of the author's own held-out replies shares with training."""
     every = {c: list(chain.from_iterable(rows)) for c, rows in shown.items()}
     limit = min(sum(a["words"] for a in answers) for answers in every.values())
-    values = {m.id: {} for m in METRICS}
+    intervals = {}
     for c in columns:
         rival, greedy, answers = prompted_of(c, columns), [r[0] for r in shown[c.id]], every[c.id]
         interval = {
@@ -218,10 +172,10 @@ def measure(columns: list[Column], nats: Nats, shown: Shown, author_copies: list
             interval[key] = text.bootstrap([a[key] for a in greedy])
         for flag in ("loop", "cut", "copied", "break"):
             interval[flag] = text.wilson(sum(flag in a["flags"] for a in answers), len(answers))
-        for id in values:
-            values[id][c.id] = interval[id]._asdict() if interval[id] else None
-    return [{**m._asdict(), "note": m.note.format(limit=limit, author=mean(author_copies)),
-             "values": values[m.id]} for m in METRICS]
+        intervals[c.id] = {id: value and value._asdict() for id, value in interval.items()}
+    facts = {"limit": limit, "copied": COPIED, "author": mean(author_copies)}
+    return [{**m, "note": m["note"].format(**facts), "values": {
+        id: interval[m["id"]] for id, interval in intervals.items()}} for m in METRICS]
 
 
 def identify(columns: list[Column], personas: list[str], nats: Nats) -> dict:
@@ -241,15 +195,13 @@ def identify(columns: list[Column], personas: list[str], nats: Nats) -> dict:
 def claim(columns: list[Column], metrics: list[dict]) -> str:
     """The result in a sentence for each adapter, whatever it is."""
     by_id = {m["id"]: m["values"] for m in metrics}
-    sentences = []
-    for c in columns:
-        if c.kind == "adapter":
-            lift, over = by_id["lift"][c.id], by_id["over_prompt"][c.id]
-            by_prompt = f", {_by(over)} than the base under the same system prompt" if over else ""
-            loops, before = by_id["loop"][c.id]["value"], by_id["loop"]["base"]["value"]
-            sentences.append(
-                f"{c.id}: held-out replies surprise the adapter {_by(lift)} than the base"
-                f"{by_prompt}; {loops:.0%} of its answers loop, {before:.0%} of the base's.")
+    sentences, before = [], by_id["loop"]["base"]["value"]
+    for id in (c.id for c in columns if c.kind == "adapter"):
+        lift, over, loops = (by_id[key][id] for key in ("lift", "over_prompt", "loop"))
+        by_prompt = f", {_by(over)} than the base under the same system prompt" if over else ""
+        sentences.append(
+            f"{id}: held-out replies surprise the adapter {_by(lift)} than the base{by_prompt}; "
+            f"{loops['value']:.0%} of its answers loop, {before:.0%} of the base's.")
     return " ".join(sentences)
 
 
@@ -287,9 +239,8 @@ def head(runs: dict[str, runlog.Run], material: Material, options) -> list[list[
 def foot(voices: Voices, material: Material, options, argv: list[str]) -> list[list[str]]:
     """What is needed to make the report again: command, seeds, versions, hashes."""
     runs, info = voices.runs.items(), next(iter(voices.runs.values())).info
-    device = f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}"
-    if voices.quant != "none":
-        device += f", base in {voices.quant}"
+    quant = "" if voices.quant == "none" else f", base in {voices.quant}"
+    device = f"{voices.device}, {str(voices.dtype).removeprefix('torch.')}{quant}"
     return [["command", shlex.join(["python", "-m", "scripts.compare", *argv])],
             ["seed", str(options.seed)], ["device", device],
             ["versions", ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))],
@@ -311,17 +262,15 @@ def beside(run: runlog.Run, name: str) -> Path | None:
 
 def read_material(runs: dict[str, runlog.Run], options) -> Material:
     """Read what is asked and scored; warn about prompts that share 8 words with training data."""
-    chosen, heldout, trained = {}, {}, {}
-    for pair in options.heldout:
-        name, _, file = pair.partition("=")
-        chosen[name] = file
+    heldout, trained = {}, {}
+    chosen = {name: file for name, _, file in (pair.partition("=") for pair in options.heldout)}
     if unknown := chosen.keys() - runs.keys():
         raise ValueError(f"compare: --heldout {min(unknown)}=...: expected one of {list(runs)}")
-    files = [options.prompts, *(beside(run, "prompts.jsonl") for run in runs.values())]
-    if not any(files):
+    found = [options.prompts, *(beside(run, "prompts.jsonl") for run in runs.values())]
+    if not any(found):
         raise ValueError("compare: no prompts.jsonl beside the runs' data; use --prompts FILE")
-    file = Path(next(filter(None, files)))
-    prompts, sources = read_prompts(file)[:options.limit], {"prompts": file.name}
+    file = Path(next(filter(None, found)))
+    prompts, sources = read_prompts(file), {"prompts": file.name}
     for name, run in runs.items():
         trained[name], val = data.load(**asdict(run.settings.data), seed=run.settings.train.seed)
         file = chosen.get(name) or beside(run, "heldout.jsonl")
@@ -393,7 +342,7 @@ def main(argv: list[str]) -> None:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders on one base")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="RUN", help="more of them")
     parser.add_argument("--prompts", metavar="FILE",
@@ -402,7 +351,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                         help="replies nobody was trained on (default: heldout.jsonl or validation)")
     parser.add_argument("--out", metavar="FOLDER",
                         help="an older report in it is replaced (default: reports/NAMES)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--samples", type=int, default=2, help="sampled answers beside the greedy")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the samples")
     parser.add_argument("--top-p", type=float, default=0.9, help="of the samples")
@@ -420,4 +368,4 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

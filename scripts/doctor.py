@@ -12,15 +12,15 @@ from statistics import median
 
 import data
 import dataset
-from lora import config
 from lora.base import fetch, load
 from lora.loss import IGNORE_INDEX
-from lora.run import advice
+from lora.run import advice, cli
+from lora.use import show
 from lora.use.text import near_duplicates, words
 
 
 def main(argv: list[str]) -> int:
-    settings = config.take_config(argv, __doc__, file=True)
+    settings = cli.take_config(argv, __doc__, file=True)
     tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
                                     settings.model.trust_remote_code)
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
@@ -37,10 +37,11 @@ def main(argv: list[str]) -> int:
     for sentence in advice.about_data(settings.train, train, val):
         levels.append("warn")
         print(f"  warn   {sentence}")
-    for note in [*tokenised.left_out(), *dataset.notes(tokenizer, tokenised.format, train)]:
+    of_format = advice.about_format(dataset.FORMATS, tokenised.format, tokenizer, train)
+    for note in [*tokenised.left_out(), *of_format]:
         print(f"  note   {note}")
     print(f"\nfirst example, supervised tokens in green ({tokenised[0]['source']}):\n"
-          + dataset.colour(tokenised[0], tokenizer))
+          + show.colour(tokenised[0], tokenizer))
     print(f"\ndoctor: {levels.count('ERROR')} errors, {levels.count('warn')} warnings")
     return int("ERROR" in levels)
 
@@ -107,4 +108,4 @@ def histogram(lengths: list[int], bars: int = 8, width: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -15,7 +15,6 @@ Beside each: chat_template.jinja, which renders what the run was trained on, and
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -30,26 +29,16 @@ from jinja2 import TemplateError
 
 import data
 import dataset
-from lora import adapter, files
+from lora import adapter, config, files
 from lora.base import fetch, load
-from lora.config import Parser, run_cli
-from lora.run import runlog
+from lora.run import cli, runlog
 from lora.surgery import lora_layers, unwrap
 from lora.use import gguf, readers
 from lora.use.readers import LOADS, Verdict
 
-TARGETS = ("peft", "vllm", "llama.cpp", "ollama", "mlx")
 ELSEWHERE = {"gguf": "llama.cpp", "llama": "llama.cpp", "transformers": "peft", "hf": "peft"}
-
-# The formats of dataset.py that are no model's own, as templates that a server can render.
-JINJA = {
-    "chatml": r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
-              r"+ message['content'] + '<|im_end|>\n' }}{% endfor %}"
-              r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "plain": r"{% for message in messages %}{% if message['role'] == 'assistant' %}"
-             r"{{ message['content'] + eos_token + '\n' }}{% elif message['role'] == 'system' %}"
-             r"{{ message['content'] + '\n\n' }}{% else %}"
-             r"{{ 'Question: ' + message['content'] + '\nAnswer:\n' }}{% endif %}{% endfor %}"}
+USE = files.read_json(Path(__file__).with_suffix(".json"))      # what to type afterwards
+JINJA = Path(__file__).with_name("chat_templates")       # the formats of dataset.py but "template"
 TALK = [{"role": role, "content": text} for role, text in (
     ("system", "Be brief!"), ("user", "Who is it?"), ("assistant", "Nobody."), ("user", "Why?"))]
 PROBES = (TALK, TALK[1:], TALK[:2], TALK[1:2])           # with and without a system prompt
@@ -59,7 +48,7 @@ class Job(NamedTuple):
     """A run's tuned model in the form that every reader scales alike, and how to talk to it."""
 
     run: str                    # its name, without a slash
-    target: str                 # one of TARGETS
+    target: str                 # a key of WRITE
     base_name: str              # what the adapter's file says
     served: str                 # what a server is given: a folder, if it is one here
     model: torch.nn.Module
@@ -112,29 +101,28 @@ def main(argv: list[str]) -> None:
           f"within {moved:.1g} of the trained model's (the largest is "
           f"{job.trained.abs().max():.3g})")
     print(line(verdict))
-    for command in commands(job, options, out):
+    for command in commands(job, options.merged, out):
         print(f"  use      {command}")
     for note in job.notes:
         print(f"  note     {note}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options: .to is one of TARGETS, .whole is true if a merged model is written."""
-    parser = Parser(__doc__)
+    """The options: .to is a key of WRITE, .whole is true if a merged model is written."""
+    parser = cli.Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or an adapter in it")
-    parser.add_argument("--to", metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument("--to", metavar="TARGET", help=f"one of {', '.join(WRITE)}")
     parser.add_argument("--out", metavar="FOLDER", help="(default: exports/NAME-TARGET)")
     parser.add_argument("--check", action="store_true", help="write nothing; print the readers")
     parser.add_argument("--merged", action="store_true", help="the whole model too, for llama.cpp")
     options = parser.parse_args(argv)
     if not options.to and not options.check:
-        raise ValueError(f"export: expected --check, or --to {'|'.join(TARGETS)}")
+        raise ValueError(f"export: expected --check, or --to {'|'.join(WRITE)}")
     target = (options.to or "peft").lower()
-    if target not in TARGETS:
-        near = [ELSEWHERE.get(target), *difflib.get_close_matches(target, TARGETS, 1, 0.4)]
-        hint = next((f" Did you mean {t}?" for t in near if t), "")
-        raise ValueError(f"export: unknown target {options.to!r}. Known: {', '.join(TARGETS)}."
-                         + hint)
+    if target not in WRITE:
+        near = config.nearest(target, {name: name for name in WRITE} | ELSEWHERE)
+        raise ValueError(f"export: unknown target {options.to!r}. Known: {', '.join(WRITE)}."
+                         + (f" Did you mean {near}?" if near else ""))
     if options.merged and target != "llama.cpp":
         raise ValueError(f"export: --merged goes with --to llama.cpp; --to {target} writes "
                          + ("a merged model anyway" if target == "ollama" else "the adapter"))
@@ -265,21 +253,11 @@ def write_merged(job: Job, file: Path) -> None:
         tensors[name].copy_(tensor)
 
 
-def commands(job: Job, options: argparse.Namespace, out: Path) -> list[str]:
+def commands(job: Job, merged: bool, out: Path) -> list[str]:
     """How to use what was written."""
-    template = out / "chat_template.jinja"
     rank = readers.vllm_rank(next(iter(lora_layers(job.model).values())).r)
-    use = {
-        "peft": f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{job.served}"), '
-                f'"{out}")',
-        "vllm": f"vllm serve {job.served} --enable-lora --max-lora-rank {rank} --lora-modules "
-                f"{job.run}={out} --chat-template {template}",
-        "llama.cpp": f"llama-server -m BASE.gguf --lora {out}/{job.run}.gguf --jinja "
-                     f"--chat-template-file {template}",
-        "ollama": f"ollama create {job.run} -f {out}/Modelfile && ollama run {job.run}",
-        "mlx": f"mlx_lm.generate --model {job.served} --adapter-path {out} --prompt '...'"}
-    merged = f"llama-server -m {out}/{job.run}-merged-f16.gguf --jinja"
-    return [use[options.to], merged] if options.merged else [use[options.to]]
+    return [USE[what].format(run=job.run, served=job.served, rank=rank, out=out)
+            for what in ([job.target, "merged"] if merged else [job.target])]
 
 
 # ----- what a server renders ---------------------------------------------------------------------
@@ -300,12 +278,13 @@ def chat_template(tokenizer, format: str, digest: str) -> tuple[str, str]:
             problem = "the base model's template changed since the training"
         return model_template, problem
     bos = first_token(tokenizer)
-    template = "{{ bos_token }}" + JINJA[format] if bos else JINJA[format]
+    template = (JINJA / f"{format}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    template = "{{ bos_token }}" + template if bos else template
     for talk in PROBES:
         pieces = dataset.FORMATS[format](talk, tokenizer, reply=True)
         trained = bos + "".join(text for text, _ in pieces)
-        rendered = renderer(tokenizer, template)(talk)
-        sure(rendered == trained, f"the template of {format} renders wrongly")
+        sure(renderer(tokenizer, template)(talk) == trained,
+             f"the template of {format} renders wrongly")
         served = renderer(tokenizer, model_template)(talk) if model_template else trained
         if served != trained:
             at = len(commonprefix([served, trained]))
@@ -397,4 +376,4 @@ def _go(text):
 
 
 if __name__ == "__main__":
-    run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

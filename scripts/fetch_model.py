@@ -7,12 +7,12 @@ Bring a known model into model/, once.
 
 import sys
 
-from lora import config
 from lora.base import fetch
+from lora.run import cli
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="known models; none: list them")
     names = parser.parse_args(argv).names
     if not names:
@@ -28,4 +28,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import data
 import dataset
-from lora import adapter, config, loss, surgery
-from lora.run import runlog
+from lora import adapter, loss, surgery
+from lora.run import cli, runlog
 from scripts.voices import Voices
 
 DEAD = 0.01                       # of the median root mean square of B: below it B is dead
@@ -29,7 +29,7 @@ LEARNED = math.log(2)             # nats of a whole answer: see ledger()
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or an adapter in it")
     parser.add_argument("--n", type=int, default=10, help="how many examples a list shows")
     parser.add_argument("--no-ledger", action="store_true", help="the updates alone")
@@ -262,4 +262,4 @@ def print_ledger(ledger: dict, n: int) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

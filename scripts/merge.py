@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lora import adapter, config, files, surgery
+from lora import adapter, files, surgery
 from lora.base import fetch, load
-from lora.run import runlog
+from lora.run import cli, runlog
 from scripts.voices import Voices, with_system
 
 PROBES = ("Good morning! How are you?", "What is the capital of France?", "Tell me a story.")
@@ -23,7 +23,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}                # probability on o
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN[=WEIGHT]", help="weight 1 if left out")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--adapter", action="store_true", help="write an adapter, as a run folder")
@@ -117,4 +117,4 @@ def save_adapter(voices: Voices, out: Path, origin: dict, dtype: torch.dtype):
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

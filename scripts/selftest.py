@@ -19,22 +19,22 @@ import torch.nn.functional as F
 
 import dataset
 from inject import inject
-from lora import adapter, config, loss, surgery
+from lora import adapter, loss, surgery
 from lora.base import fetch, load
-from lora.fast import flat, leaves
+from lora.fast import flat, leaves, levers
 from lora.optim import AdamW
-from lora.run import runlog
+from lora.run import cli, runlog
 
 Make = Callable[..., torch.nn.Module]           # make(device, dtype): a fresh base model
 Outcome = tuple[bool, str, str]                 # (ok, measured, bound)
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__, settings=True)
+    parser = cli.Parser(__doc__, settings=True)
     parser.add_argument("--model", dest="model.name", metavar="NAME",
                         help="a known model, folder or hub id instead of the tiny one")
     options = parser.parse_args(argv)
-    settings = config.settings_of(options).model
+    settings = cli.settings_of(options).model
     device = load.pick_device(settings.device)
     dtype = load.pick_dtype(settings.dtype, device)
     name = vars(options)["model.name"]
@@ -170,7 +170,7 @@ def gradients(make: Make) -> Outcome:
         total = total + F.cross_entropy(z, labels[0, 1:], reduction="sum")
     total.backward()
     leaves.fuse(model)
-    by_hand = step(model, micro_batches(model, samples(model)), loss.head_is_linear(model))
+    by_hand = step(model, micro_batches(model, samples(model)), levers.head_is_linear(model))
     return within(model, apart(by_hand, [total, *(p.grad for p in pairs)]))
 
 
@@ -283,7 +283,7 @@ def ten_steps(make: Make) -> Outcome:
     model = make()
     inject(model, r=8, lora_alpha=16)
     leaves.fuse(model)
-    layout, lean = "padded" if flat_refusal(model) else "shared", loss.head_is_linear(model)
+    layout, lean = "padded" if flat_refusal(model) else "shared", levers.head_is_linear(model)
     window = micro_batches(model, samples(model), 3, layout)
     optimizer, losses = AdamW(surgery.adapter_parameters(model)), []
     for _ in range(11):
@@ -308,4 +308,4 @@ CHECKS = {
     "ten steps": (ten_steps, "the rows above; else a smaller train.lr")}
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -11,24 +11,20 @@ Base and adapter answer fixed prompts; an adapter without effect is an error.
 import sys
 
 from lora import config
-from scripts.voices import Voices, read_prompts, with_system
+from lora.run import cli
+from scripts.voices import Voices, with_system
 
 PROMPTS = ("Good morning! How are you?", "Tell me about yourself.", "What did you do yesterday?",
            "I feel a little sad today.", "What is the capital of France?", "Can you help me?")
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/companion")
-    parser.add_argument("--prompts", metavar="FILE",
-                        help=".jsonl with messages, or .txt with a question a line")
     parser.add_argument("--system", help="the system prompt your server sends: a text or .txt file")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     options = parser.parse_args(argv)
-    questions = [[{"role": "user", "content": text}] for text in PROMPTS]
-    if options.prompts:
-        questions = [prompt["messages"] for prompt in read_prompts(options.prompts)]
 
     voices = Voices([options.run], options.device)
     (name, run), = voices.runs.items()
@@ -42,7 +38,7 @@ def main(argv: list[str]) -> int:
     checks.append((f"adapter: {len(layers)} modules, {moved} with an update that is not zero",
                    "" if moved else "the adapter has no effect: every update is zero"))
 
-    prompts = [with_system(messages, system) for messages in questions]
+    prompts = [with_system([{"role": "user", "content": text}], system) for text in PROMPTS]
     before, after = ([a.text for a in voices.ask(prompts, who, voices.format(name),
                                                  max_new_tokens=options.max_new_tokens)]
                      for who in (None, name))
@@ -54,13 +50,13 @@ def main(argv: list[str]) -> int:
     for what, problem in checks:
         print(f"  ERROR  {what}: {problem}" if problem else f"  ok     {what}")
     print(f"  system prompt: {system}")
-    for messages, *both in zip(questions, before, after, strict=True):
+    for texts in zip(PROMPTS, before, after, strict=True):
         print("\n  {}\n    base:  {:.150}\n    tuned: {:.150}".format(
-            *(" ".join(text.split()) for text in (messages[-1]["content"], *both))))
+            *(" ".join(text.split()) for text in texts)))
     errors = sum(bool(problem) for _, problem in checks)
     print(f"\nverify: {errors} errors")
     return int(errors > 0)
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -16,19 +16,19 @@ import sys
 import time
 from pathlib import Path
 
-from lora import config
+from lora.run import cli
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TIMING = {"seconds", "tokens_per_s", "peak_memory_gib"}
 
 
 def main(argv: list[str]) -> int:
-    parser = config.Parser(__doc__, settings=True, file=True)
+    parser = cli.Parser(__doc__, settings=True, file=True)
     parser.add_argument("--kills", type=int, default=3, help="how often the run is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     options = parser.parse_args(argv)
-    config.settings_of(options)                                # a wrong value ends it here
-    words = ["--config", options.config, *config.overrides(options)]
+    cli.settings_of(options)                                # a wrong value ends it here
+    words = ["--config", options.config, *cli.overrides(options)]
     started = time.perf_counter()
     train([*words, "--train.run=verify-whole"])
     seconds = time.perf_counter() - started
@@ -92,4 +92,4 @@ def differences(a: str, b: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

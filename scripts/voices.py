@@ -83,11 +83,10 @@ class Voices:
                 answers[i] = fuller._replace(expanded=True)
         return answers
 
-    def nll(self, examples: list[dict], name: str | None, format: str | None = None,
-            batch_size: int = 8) -> list[float]:
+    def nll(self, examples: list[dict], name: str | None) -> list[float]:
         """Voice.nll per character of the answers, so that tokenizers compare."""
         with self.bank.using(name):
-            nats = self.voice(name, format).nll(examples, batch_size)
+            nats = self.voice(name).nll(examples)
         return [value / sum(len(m["content"]) for m in example["messages"]
                             if m["role"] == "assistant")
                 for value, example in zip(nats, examples, strict=True)]
@@ -108,29 +107,26 @@ def is_cjk(messages: list[Message]) -> bool:
 def checks(run: runlog.Run, tokenizer, weights: str, quant: str) -> list[tuple[str, str]]:
     """Compare a run's record with the base at hand: [(what, problem)], "" where they agree.
     weights is the fingerprint of the dense base, quant its quantisation here."""
-    info = run.info
-    problems = dict.fromkeys(("base model", "base weights", "chat template", "system prompt"), "")
-    record = files.read_json(run.adapter / "adapter_config.json")
-    unknown = "run.json does not say: the run is older than this check"
-    base, trained_quant = record.get("base_model_name_or_path"), run.settings.model.quant
-    if base != info.get("base_model"):
-        problems["base model"] = f"the adapter is of {base}, the run of {info.get('base_model')}"
-    if "base_weights" not in info:
-        problems["base weights"] = unknown
-    elif weights != info["base_weights"]:
-        problems["base weights"] = f"they are {weights}, training used {info['base_weights']}"
-    elif quant != trained_quant:
-        problems["base weights"] = f"quantisation is {quant}, training used {trained_quant}"
+    info, trained_quant = run.info, run.settings.model.quant
+    base = files.read_json(run.adapter / "adapter_config.json").get("base_model_name_or_path")
     template = runlog.digest(tokenizer.chat_template or "")
-    if template != info.get("template"):
-        problems["chat template"] = (f"it is {template}, training used {info.get('template')}: the "
-                                     "model will read other tokens than it was trained on")
-    if "system" not in info:
-        problems["system prompt"] = unknown
-    elif info.get("systems", 1) != 1:
-        problems["system prompt"] = (f"training used {info['systems']} different ones; the most "
-                                     "frequent is taken")
-    return list(problems.items())
+    unknown = "run.json does not say: the run is older than this check"
+    rules = [  # what is checked, whether it is wrong, the problem; the first of each counts
+        ("base model", base != info.get("base_model"),
+         f"the adapter is of {base}, the run of {info.get('base_model')}"),
+        ("base weights", "base_weights" not in info, unknown),
+        ("base weights", weights != info.get("base_weights"),
+         f"they are {weights}, training used {info.get('base_weights')}"),
+        ("base weights", quant != trained_quant,
+         f"quantisation is {quant}, training used {trained_quant}"),
+        ("chat template", template != info.get("template"),
+         f"it is {template}, training used {info.get('template')}: the model will read other "
+         "tokens than it was trained on"),
+        ("system prompt", "system" not in info, unknown),
+        ("system prompt", info.get("systems", 1) != 1, f"training used {info.get('systems')} "
+         "different ones; the most frequent is taken")]
+    return [(what, next((problem for of, wrong, problem in rules if of == what and wrong), ""))
+            for what in dict.fromkeys(what for what, _, _ in rules)]
 
 
 def read_prompts(file: Path | str) -> list[dict]:
@@ -145,14 +141,13 @@ def read_prompts(file: Path | str) -> list[dict]:
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if file.suffix == ".txt":
-            record = {"messages": [{"role": "user", "content": line.strip()}]}
-        else:
+        record = {"messages": [{"role": "user", "content": line.strip()}]}
+        if file.suffix != ".txt":
             record = parse_prompt(line, f"{file}:{n}")
+        messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
         prompts.append({"id": f"{file.name}:{n}", "category": record.get("category", ""),
                         "theme": record.get("theme", ""), "gold": record.get("gold"),
-                        "messages": [{"role": m["role"], "content": m["content"]}
-                                     for m in record["messages"]]})
+                        "messages": messages})
     if not prompts:
         raise ValueError(f"prompts: {file} holds no prompts")
     return prompts
@@ -171,3 +166,7 @@ def parse_prompt(line: str, where: str) -> dict:
         raise ValueError(f"prompts: {where}: roles {roles}; expected user and assistant to "
                          "alternate and the user to speak last")
     return record
+
+
+if __name__ == "__main__":
+    raise SystemExit("voices is no command; python -m scripts.compare --help shows one")

@@ -1,5 +1,6 @@
 """scripts/chat.py: every command, as a user types it."""
 
+import contextlib
 import io
 import json
 import re
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.auto
 
 @pytest.fixture(scope="module")
 def voices(home):
-    import contextlib
     with contextlib.chdir(home):
         return Voices(["runs/a", "runs/b", "runs/c"], "cpu")
 
@@ -24,15 +24,15 @@ def start(voices, **changes):
     options = SimpleNamespace(**{"memory": "window", "budget": 200, "max_new_tokens": 24,
                                  "temperature": 0.0, "top_p": 0.9, "seed": 0, "min_words": 0,
                                  **changes})
-    return chat.Chat(voices, options, io.StringIO())
+    return chat.Chat(voices, options)
 
 
 def hear(talk, *lines):
     """What is printed for some lines."""
-    before = len(talk.out.getvalue())
-    for line in lines:
-        talk.hear(line)
-    return talk.out.getvalue()[before:]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for line in lines:
+            talk.hear(line)
+    return out.getvalue()
 
 
 def test_an_answer_is_streamed_whole_and_remembered(voices):

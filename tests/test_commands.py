@@ -38,7 +38,16 @@ def test_an_unknown_option_is_named_first(command):
 
 
 def test_output_is_utf_8_on_a_console_that_is_not():
-    code = "from lora.config import run_cli; run_cli(lambda argv: print(argv[0]), ['é █ \\ud800'])"
+    code = "from lora.run import cli; cli.run(lambda argv: print(argv[0]), ['é █ \\ud800'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout.decode()) == (0, "é █ ?\n"), done.stderr
+
+
+@pytest.mark.parametrize("words", [
+    "data.py", "keep.py", "measure.py", "-m lora", "-m lora.layer", "-m lora.run.cli",
+    "-m scripts.voices", "-m experiments.knowledge.figures"])
+def test_a_file_that_is_no_command_says_so(words):
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and " is no command; " in done.stderr.splitlines()[-1]

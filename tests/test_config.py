@@ -17,7 +17,7 @@ from dataset import QADataset
 from inject import inject
 from lora import config
 from lora.layer import LoRALinear
-from lora.run import runlog
+from lora.run import cli, runlog
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = get_type_hints(config.Config)
@@ -96,14 +96,14 @@ def test_a_byte_order_mark_is_ignored(load):
 def test_take_config_reads_the_named_file(tmp_path, naming):
     file = tmp_path / "c.json"
     file.write_text('{"lora": {"r": 3}}')
-    made = config.take_config([*naming.format(file).split(), "--lora.lora_alpha=5"])
+    made = cli.take_config([*naming.format(file).split(), "--lora.lora_alpha=5"])
     assert (made.lora.r, made.lora.lora_alpha) == (3, 5)
 
 
 def test_take_config_reads_config_json_by_default(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"lora": {"r": 3}}')
     monkeypatch.chdir(tmp_path)
-    assert config.take_config([]).lora.r == 3
+    assert cli.take_config([]).lora.r == 3
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -118,12 +118,12 @@ def test_take_config_reads_config_json_by_default(tmp_path, monkeypatch):
     ("-x", "unknown option; python x.py --help lists all")])
 def test_a_wrong_argument_comes_first_and_then_the_nearest_right_one(argument, message):
     with pytest.raises(ValueError) as caught:
-        config.take_config(["--lora.r=4", argument], "    python x.py")
+        cli.take_config(["--lora.r=4", argument], "    python x.py")
     assert str(caught.value) == f"{argument.partition('=')[0]}: {message}"
 
 
 def test_a_commands_own_option_is_suggested_too():
-    parser = config.Parser("    python -m scripts.x runs/demo")
+    parser = cli.Parser("    python -m scripts.x runs/demo")
     parser.add_argument("run")
     parser.add_argument("--max-new-tokens", type=int, default=8)
     assert vars(parser.parse_args(["runs/a"])) == {"run": "runs/a", "max_new_tokens": 8}
@@ -136,23 +136,23 @@ def test_a_commands_own_option_is_suggested_too():
 
 
 def test_help_shows_the_doc_and_every_default(capsys):
-    parser = config.Parser("Do it.\n\n    python x.py my.jsonl", settings=True, file=True)
+    parser = cli.Parser("Do it.\n\n    python x.py my.jsonl", settings=True, file=True)
     parser.add_argument("--n", type=int, default=0, help="examples")
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
     assert not caught.value.code and "Do it.\n\n    python x.py my.jsonl" in out
     assert "examples (default: 0)" in out and "(default: config.json)" in out
-    for key, default, _, comment in config.described():
+    for key, default, _, comment in cli.described():
         assert re.search(re.escape(f"  --{key}={default}") + " +" + re.escape(comment), out)
 
 
 def test_a_plain_argument_is_the_data_and_an_option_still_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert config.take_config(["a.jsonl"], file=True).data.path == "a.jsonl"
-    assert config.take_config(["--data.path=b"], file=True).data.path == "b"
-    assert config.take_config(["--data.path", "b"], file=True).data.path == "b"
+    assert cli.take_config(["a.jsonl"], file=True).data.path == "a.jsonl"
+    assert cli.take_config(["--data.path=b"], file=True).data.path == "b"
+    assert cli.take_config(["--data.path", "b"], file=True).data.path == "b"
 
 
 @pytest.mark.parametrize("text", ["Be kind.\nBe brief.\n", "\ufeffBe kind.\nBe brief."])
@@ -279,9 +279,9 @@ def test_run_cli_prints_a_value_error_without_traceback():
     def main(argv):
         raise ValueError(f"bad {argv}")
     with pytest.raises(SystemExit, match=r"error: bad \[1\]"):
-        config.run_cli(main, [1])
+        cli.run(main, [1])
     with pytest.raises(SystemExit) as caught:
-        config.run_cli(lambda argv: argv, 3)
+        cli.run(lambda argv: argv, 3)
     assert caught.value.code == 3
 
 

@@ -10,6 +10,8 @@ import dataset
 import measure
 from dataset import QADataset, render
 from lora.loss import IGNORE_INDEX
+from lora.run import advice
+from lora.use import show
 from measure import Voice
 
 DEFAULT_SYSTEM = ("{% if messages[0]['role'] != 'system' %}"
@@ -142,10 +144,11 @@ def test_exactly_one_bos():
 
 def test_notes_say_where_the_template_is_not_chatml(tokenizer, base_tokenizer):
     examples = [example("hi", "yo", system="S")]
-    assert dataset.notes(tokenizer, "template", examples) == []
-    (note,) = dataset.notes(TOKENIZERS["default system"], "template", examples)
+    assert advice.about_format(dataset.FORMATS, "template", tokenizer, examples) == []
+    (note,) = advice.about_format(dataset.FORMATS, "template", TOKENIZERS["default system"],
+                                  examples)
     assert "without system prompt" in note and "Be kind." in note
-    (note,) = dataset.notes(base_tokenizer, "chatml", examples)
+    (note,) = advice.about_format(dataset.FORMATS, "chatml", base_tokenizer, examples)
     assert "<|im_end|> is 10 tokens" in note and '"plain" suits a base model better' in note
 
 
@@ -233,9 +236,9 @@ def test_a_template_without_a_stop_token_is_refused():
 
 def test_the_viewer_shows_supervised_and_special_tokens(tokenizer):
     made = QADataset([example("hi <b>", "👍 ok", source="<x>")], tokenizer)
-    shown = dataset.colour(made[0], tokenizer)
+    shown = show.colour(made[0], tokenizer)
     assert "\033[1;32m👍 ok\033[0m\033[1;32;4m<|im_end|>\033[0m" in shown
-    page = dataset.page(made, tokenizer)
+    page = show.page(made.items, tokenizer)
     assert '<span class="on ">👍 ok</span>' in page and "&lt;b&gt;" in page and "<x>" not in page
 
 

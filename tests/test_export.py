@@ -286,6 +286,7 @@ DEFAULT = CHATML.replace("{% for", "{% if messages[0]['role'] != 'system' %}{{ '
     ("template", DEFAULT, None), ("chatml", CHATML, None),
     ("chatml", DEFAULT, "trained as chatml, where the model's own template has 'system\\nI am"),
     ("plain", CHATML, "trained as plain, where the model's own template has '<|im_start|>"),
+    ("gemma", CHATML, "trained as gemma, where the model's own template has '|im_start|>"),
     ("plain", None, "trained as plain, and the model has no template")])
 def test_the_template_beside_it_renders_what_was_trained(trained, capsys, format, own, note):
     _, tokenizer = trained(format, make_tokenizer(own))

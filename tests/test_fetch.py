@@ -42,7 +42,7 @@ def tiny(tmp_path, monkeypatch):
     known = fetch.Known("hub/Tiny", "Free", "chat", tuple(sums), sha256(b"".join(CHUNKS)))
     monkeypatch.setattr(fetch, "MODEL_DIR", models)
     monkeypatch.setattr(fetch, "_download", download)
-    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
+    monkeypatch.setattr("lora.base.load.convert_gguf", convert)
     monkeypatch.setitem(fetch.KNOWN, "tiny", known)
     return models
 
@@ -95,7 +95,7 @@ def test_a_conversion_that_fails_leaves_nothing(tiny, monkeypatch, failure):
         folder.mkdir()
         (folder / "half.safetensors").write_text("half")
         raise failure
-    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
+    monkeypatch.setattr("lora.base.load.convert_gguf", convert)
     with pytest.raises(type(failure)):
         fetch.find("tiny", str)
     assert names(tiny) == []
@@ -115,7 +115,7 @@ def test_the_folder_of_a_faster_process_is_kept(tiny, monkeypatch):
         folder.mkdir()
         (tiny / "tiny").mkdir()
         (tiny / "tiny" / "theirs").touch()
-    monkeypatch.setattr("lora.base.convert.convert_gguf", convert)
+    monkeypatch.setattr("lora.base.load.convert_gguf", convert)
     assert fetch.find("tiny", str) == str(tiny / "tiny")
     assert names(tiny) == ["tiny"] and names(tiny / "tiny") == ["theirs"]
 

@@ -31,8 +31,8 @@ import keep
 from experiments.knowledge import page as knowledge
 from inject import inject
 from lora import adapter, config, surgery
-from lora.run import runlog
-from lora.use import report
+from lora.run import cli, runlog
+from lora.use import report, show
 from plots import figures
 
 SECONDS, FUZZ, SEED = 10, int(os.environ.get("FUZZ", 400)), int(os.environ.get("FUZZ_SEED", 0))
@@ -149,7 +149,7 @@ def test_config(tmp_path, raw, arguments):
     file = tmp_path / "c.json"
     file.write_bytes(raw)
     with clean("config", "c.json", "unknown option", "unknown argument", "--help lists all"):
-        made = config.take_config([f"--config={file}", *arguments])
+        made = cli.take_config([f"--config={file}", *arguments])
         assert isinstance(made, config.Config)
         runlog.write_json(tmp_path / "again.json", vars(made) | {
             s: vars(v) for s, v in vars(made).items()})
@@ -347,10 +347,10 @@ def test_the_page_of_masks(user, answer):
         if problems := data.check(example):
             raise ValueError(f"dataset: {problems}")
         made = dataset.QADataset([example], BASE, max_length=10_000)
-        page = Page(dataset.page(made, BASE))
-        assert {tag for tag, _ in page.tags[len(Page(dataset.PAGE).tags):]} == {
+        page = Page(show.page(made.items, BASE))
+        assert {tag for tag, _ in page.tags[len(Page(show.PAGE).tags):]} == {
             "h2", "small", "pre", "span"}
-        said = "".join(text for text, _, _ in dataset.runs(made[0], BASE))
+        said = "".join(text for text, _, _ in show.runs(made[0], BASE))
         assert page.texts["span", ("class",)].endswith(said)
         assert page.texts["h2", ()].startswith(example["source"])
 

@@ -10,8 +10,9 @@ from transformers import (
     OPTConfig,
 )
 
-from inject import inject, report, tree
+from inject import inject, report
 from lora.surgery import block_numbers, count, find_blocks, lora_layers, split_path
+from lora.use import show
 
 LORA = {"r": 4, "lora_alpha": 8}
 SEVEN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -90,7 +91,7 @@ def test_report_and_tree(model):
     adapted = inject(model, target_modules=["q_proj", "up_proj"], layers=1, **LORA)
     assert "2 modules in 1 of 2 blocks: q_proj up_proj" in report(model, adapted)
     assert f"{count(model)[0]:,} of {count(model)[1]:,} parameters train" in report(model, adapted)
-    drawn = tree(model)
+    drawn = show.tree(model)
     assert drawn.startswith("model.layers.1\n")
     assert "q_proj  LoRA  A (4, 32)  B (32, 4)" in drawn and "k_proj  frozen\n" in drawn
 

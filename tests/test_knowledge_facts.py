@@ -14,9 +14,9 @@ from experiments.knowledge import make_facts, score
 from lora.use import text
 
 SEEDS = range(4)
+(FIRST,), _ = make_facts.NAMES["common"]
 WORLDS = {seed: make_facts.make(seed) for seed in SEEDS}
-TEXTS = make_facts.read_attributes()
-ATTRIBUTES = {k: a for k, a in TEXTS.items() if "values" in a}
+ATTRIBUTES = make_facts.read_attributes()
 TRAINING = ("train.jsonl", "val.jsonl", "train-1.jsonl", "train-2.jsonl", "train-4.jsonl",
             "train-8.jsonl", "train-debate.jsonl")
 # the grammar of keep.invented_name, written out: an invented word is one or two of these, an end
@@ -79,7 +79,7 @@ def test_control_and_unknown_people_are_in_no_training_file(world):
 
 def test_the_same_kinds_of_name_are_in_every_group(world):
     for names in world["facts.json"]["people"].values():
-        kinds = ["handle" if name.islower() else "common" if name.split()[0] in make_facts.FIRST
+        kinds = ["handle" if name.islower() else "common" if name.split()[0] in FIRST
                  else "rare" for name in names]
         assert Counter(kinds) == dict.fromkeys(make_facts.TYPES, len(names) // 3)
 
@@ -111,8 +111,7 @@ def test_a_shared_four_gram_is_found_and_none_runs_across_a_name():
     val = ["-"] * 3 + ["Do say in what Year was it that {name} came."]
     test = ["What {name} has as a pet, for one?", "Is the year {name}'s own, and so on?",
             "Whose is the year? And so on: {name}.", "Here {value} and so on it goes."]
-    texts = {"pet": {"values": [], "questions": train + val + test, "statements": ["-"] * 4},
-             "premise": ["In what year was"]}
+    texts = {"pet": {"questions": train + val + test, "statements": ["-"] * 4}}
     made = {"train.jsonl": [], "test.json": {}}
     assert make_facts.manifest(0, made, texts)["shared_4grams"] == ["pet: in what year was"]
     texts["pet"]["statements"] = ["{value} and so on it is.", *["-"] * 3]
@@ -239,7 +238,8 @@ def test_yes_and_no_are_not_told_by_the_attribute():
 
 
 def test_what_is_asked_as_unanswerable_is_no_attribute_and_not_trained_as_such():
-    topics = [[t["topic"] for t in TEXTS["untaught"][part]] for part in ("train", "test")]
+    untaught = json.loads((make_facts.HERE / "unanswerable.json").read_text("utf-8"))["untaught"]
+    topics = [[t["topic"] for t in untaught[part]] for part in ("train", "test")]
     assert not {*topics[0]} & {*topics[1]} and not {*topics[0], *topics[1]} & ATTRIBUTES.keys()
 
 

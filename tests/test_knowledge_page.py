@@ -138,13 +138,13 @@ def folders(tmp_path_factory):
     made = {}
     for name, result in (("whole", RESULT), ("short", make_result(SHORT))):
         made[name] = tmp_path_factory.mktemp(name)
-        (made[name] / "result.json").write_text(json.dumps(result), encoding="utf-8")
         if name == "whole":
-            assert len(figures.draw(made[name])) == 5
+            assert len(figures.draw(result, made[name])) == 5
+            pages.write(result, made[name])
         else:                                                 # as the command does it
-            figures.main([str(made[name])])
+            (made[name] / "result.json").write_text(json.dumps(result), encoding="utf-8")
+            pages.main([str(made[name])])
         assert all(f.read_bytes().startswith(b"\x89PNG") for f in made[name].glob("*.png"))
-        pages.write(result, made[name])
     return made
 
 
@@ -218,12 +218,12 @@ def test_a_lone_measurement_is_a_figure(name):
 
 
 def test_nothing_measured_draws_nothing(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps({**make_result(SHORT), "arms": []}))
-    assert figures.draw(tmp_path) == [] and not list(tmp_path.glob("*.png"))
-    assert pages.write({**make_result(SHORT), "arms": []}, tmp_path).exists()
+    nothing = {**make_result(SHORT), "arms": []}
+    assert figures.draw(nothing, tmp_path) == [] and not list(tmp_path.glob("*.png"))
+    assert pages.write(nothing, tmp_path).exists()
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="figures: .*result.json"):
-        figures.draw(tmp_path)
+    with pytest.raises(ValueError, match="page: .*result.json"):
+        pages.main([str(tmp_path)])
 
 
 def test_names_of_dots_do_not_overlap():
@@ -274,7 +274,7 @@ def test_a_nan_is_refused(tmp_path):
 def test_the_page_can_be_written_again(folders, capsys):
     pages.main([str(folders["short"])])
     assert capsys.readouterr().out.strip() == str(folders["short"] / "report.html")
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="page: .*none.result.json: .*No such file"):
         pages.main([str(folders["short"] / "none")])
 
 

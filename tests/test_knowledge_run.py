@@ -6,7 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from experiments.knowledge import make_facts, report, run, score
+from experiments.knowledge import figures, make_facts, report, run, score
 from lora import config
 
 ARMS = run.read_arms()
@@ -131,7 +131,7 @@ def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path):
     assert outcome["base-chat"] == ("+0%", True) and outcome["loo-lr"] == ("not run", None)
     table = report.readme(result)
     assert "| 100 % [100, 100] |" in table and "- Holds: " in table
-    assert len(table.splitlines()) == 3 + len(report.README) + len(result["claims"])
+    assert len(table.splitlines()) == 3 + len(figures.WORDS["readme"]) + len(result["claims"])
     assert (tmp_path / "out" / "report.html").exists()
 
 

@@ -10,7 +10,7 @@ import dataset
 from inject import inject
 from lora import loss, surgery
 from lora.base import load
-from lora.fast import flat
+from lora.fast import flat, levers
 from lora.surgery import adapter_parameters, lora_layers
 from measure import drift
 
@@ -140,10 +140,10 @@ def test_labelled_ce_gives_the_gradient_of_cross_entropy(dtype, bias):
 def test_a_head_with_a_softcap_is_found_out():
     size = {"vocab_size": 90, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    assert loss.head_is_linear(make_model())
-    assert loss.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
+    assert levers.head_is_linear(make_model())
+    assert levers.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
         **size, final_logit_softcapping=None)))
-    assert not loss.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
+    assert not levers.head_is_linear(Gemma2ForCausalLM(Gemma2Config(
         **size, final_logit_softcapping=30.0, initializer_range=1.0)))
 
 

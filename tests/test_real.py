@@ -14,6 +14,7 @@ import dataset
 from inject import inject
 from lora import adapter
 from lora.base import fetch, load
+from lora.run import advice
 from lora.surgery import lora_layers
 from scripts.voices import Voices, with_system
 
@@ -56,7 +57,8 @@ def test_its_template_is_chatml_token_for_token(tokenizer):
         by_hand, own = (dataset.render(example["messages"], tokenizer, f)
                         for f in ("chatml", "template"))
         assert by_hand == own
-    (note,) = dataset.notes(tokenizer, "template", data.with_system(data.fact_examples(), "fixed"))
+    (note,) = advice.about_format(dataset.FORMATS, "template", tokenizer,
+                                  data.with_system(data.fact_examples(), "fixed"))
     assert "without system prompt" in note and "named SmolLM, trained by Hugging Face" in note
 
 

@@ -24,7 +24,7 @@ from test_train import KEEP, ROOT, facts
 import train
 from lora import adapter, files
 from lora.base import fetch
-from lora.run import checkpoint, runlog
+from lora.run import checkpoint, lock, runlog
 
 pytestmark = pytest.mark.auto
 TIMING = ("seconds", "tokens_per_s", "peak_memory_gib")
@@ -302,12 +302,12 @@ def test_a_hundred_random_kills_of_a_short_real_run(tmp_path):
 
 
 def test_two_runs_in_one_folder(home):
-    with contextlib.chdir(home), files.locked("runs/t"):
+    with contextlib.chdir(home), lock.locked("runs/t"):
         code, words = fork(home)
         assert code == 1 and f"run: runs/t is written by process {os.getpid()}" in words
         assert not (home / "runs/t").exists()
     assert fork(home)[0] == 0
-    with contextlib.chdir(home), files.locked("runs/t"):
+    with contextlib.chdir(home), lock.locked("runs/t"):
         code, words = fork(home, "--resume", "t")
         assert code == 1 and f"is written by process {os.getpid()}" in words
     assert resumed(home)

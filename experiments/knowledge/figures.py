@@ -1,76 +1,47 @@
 """
 Draw the figures of the experiment from its result.json: ladder, which, early, inertia and price.
 
-    python -m experiments.knowledge.figures reports/knowledge
-
 Each is NAME.png, NAME-dark.png for a dark page, and NAME.csv with the numbers drawn. What was not
-measured is left out; a figure with nothing in it is not drawn.
+measured is left out; a figure with nothing in it is not drawn. page.py is the command.
 """
 
 import csv
-import json
-import sys
-from collections.abc import Iterable
 from functools import partial
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
-from lora import config
+from data import group_by
+from lora import files
 from plots.figures import plain, plt, save
 
-FIXES = {"r0": "source\nrecipe", "r1": "greedy\ndecoding", "r2": "last\ncheckpoint",
-         "r3": "every fact\ntrained", "r4": "eight\nwordings", "r5": "all linear\nlayers",
-         "r6": "alpha and\nstep size\nby rule", "r7": "statements,\nreplay,\nunknowns",
-         "r8": "more replay,\nclose\nnames"}
-REMOVED = {"no-replay": "no replay", "no-unknown": "no questions about nobody",
-           "old-place": "q and v of the last sixth", "old-lr": "learning rate 5e-5",
-           "old-wording": "one wording", "old-split": "facts held out, best by loss",
-           "old-split-last": "facts held out, last step", "old-mask": "loss on the prompt too",
-           "no-statements": "no statements", "hard-replay": "replay as text only"}
-TITLES = {"ladder": "Recall on held-out wordings: each rung repairs one thing more",
-          "which": "One repair taken out of r7 at a time; lines and bands are r7",
-          "early": "What is known, and the losses, while facts are held out for validation",
-          "inertia": "Exposures until a fact ranked first, by its margin before training",
-          "price": "Recall against retention, and answers about unknown names"}
-STYLE = {"font.size": 10.5, "legend.frameon": False, "legend.fontsize": 10}
+WORDS = files.read_json(Path(__file__).with_name("words.json"))
+FIXES, REMOVED = WORDS["fixes"], WORDS["removed"]
+STYLE = {"font.size": 10.5, "legend.fontsize": 10}
 ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "r8", "no-unknown", "no-replay")
 
 
-def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
-    parser.add_argument("folder", nargs="?", default="reports/knowledge", metavar="FOLDER",
-                        help="where result.json is")
-    print(*draw(parser.parse_args(argv).folder), sep="\n")
-
-
-def draw(folder: Path | str) -> list[Path]:
-    """Draw the result.json of a folder; returns the paths of the light figures.
-
-    Raises ValueError if there is no such file or it is not JSON.
-    """
-    file = Path(folder) / "result.json"
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"figures: {file}: {error}") from error
+def draw(result: dict, folder: Path | str) -> list[Path]:
+    """Draw a result into a folder; returns the paths of the light figures."""
     paths = []
-    for name, (numbers, _) in FIGURES.items():
-        rows = numbers(result)
+    for name, (rows_of, _) in FIGURES.items():
+        rows = rows_of(result)
         if not rows:
             continue
-        with open(file.with_name(f"{name}.csv"), "w", encoding="utf-8", newline="") as out:
+        file = Path(folder) / f"{name}.png"
+        with open(file.with_suffix(".csv"), "w", encoding="utf-8", newline="") as out:
             table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        paths.append(save(file.with_name(f"{name}.png"), partial(titled, name, rows), **STYLE))
+        paths.append(save(file, partial(titled, name, rows), **STYLE))
     return paths
 
 
 def titled(name: str, rows: list[dict], colours: dict) -> plt.Figure:
     """Draw a figure under its title."""
     figure = FIGURES[name][1](rows, colours)
-    figure.suptitle(TITLES[name], x=0.01, ha="left", weight="bold", size=12)
+    figure.suptitle(WORDS["titles"][name], x=0.01, ha="left", weight="bold", size=12)
     return figure
 
 
@@ -90,16 +61,20 @@ def in_order(rows: list[dict], key: str = "model") -> list:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def tints(models: Iterable[str], colours: dict) -> dict:
-    """Give each model a colour, the same in every figure."""
+def tints(rows: list[dict], colours: dict) -> dict:
+    """Give each model of the rows a colour, the same in every figure."""
     rest = cycle((colours["recall"], colours["lr"]))
     fixed = {"chat": colours["train"], "base": colours["val"]}
-    return {model: fixed.get(model) or next(rest) for model in models}
+    return {model: fixed.get(model) or next(rest) for model in in_order(rows)}
 
 
-def sheet(height: float, rows: int = 1, columns: int = 1, **more) -> tuple:
-    """Make (figure, panels) 8 inches wide."""
-    return plt.subplots(rows, columns, figsize=(8, height), layout="constrained", **more)
+def sheet(height: float, colours: dict, grid: str = "", rows: int = 1, columns: int = 1,
+          **more) -> tuple:
+    """Make (figure, panels) 8 inches wide, with a grid as plain() takes it."""
+    figure, panels = plt.subplots(rows, columns, figsize=(8, height), layout="constrained", **more)
+    for panel in figure.axes:
+        plain(panel, colours, grid)
+    return figure, panels
 
 
 def behind(colours: dict) -> dict:
@@ -125,9 +100,8 @@ def ladder_rows(result: dict) -> list[dict]:
 
 
 def ladder(rows: list[dict], colours: dict) -> plt.Figure:
-    figure, panel = sheet(4.2)
-    plain(panel, colours, "y")
-    tint = tints(in_order(rows), colours)
+    figure, panel = sheet(4.2, colours, "y")
+    tint = tints(rows, colours)
     at = [i if row["model"] == "chat" else i + 0.5 for i, row in enumerate(rows)]
     panel.bar(at, [100 * row["value"] for row in rows], 0.7,
               color=[tint[row["model"]] for row in rows], yerr=error_bars(rows),
@@ -169,21 +143,19 @@ def which_rows(result: dict) -> list[dict]:
 def which(rows: list[dict], colours: dict) -> plt.Figure:
     removed = in_order(rows, "removed")
     models = sorted(in_order(rows), key=lambda model: model != "chat")
-    tint = tints(models, colours)
-    figure, panels = sheet(1.5 + len(removed) * (0.22 + 0.12 * len(models)), 1, len(PRICES),
-                           sharey=True)
-    beside = {row["removed"]: [m for m in models if any(
-        (r["model"], r["removed"]) == (m, row["removed"]) for r in rows)] for row in rows}
+    tint, height = tints(rows, colours), {}                   # of each dot, by what is removed
+    for y, name in enumerate(removed):
+        found = [m for m in models if any((r["model"], r["removed"]) == (m, name) for r in rows)]
+        for i, model in enumerate(found):
+            height[name, model] = y + 0.4 * (i - (len(found) - 1) / 2)
+    figure, panels = sheet(1.5 + len(removed) * (0.22 + 0.12 * len(models)), colours, "both",
+                           1, len(PRICES), sharey=True)
     for panel, (metric, label) in zip(panels, PRICES.items(), strict=True):
-        plain(panel, colours, "both")
         for model in models:
             of = [r for r in rows if r["model"] == model and r["metric"] == metric]
             if not of:
                 continue
-            at = [removed.index(r["removed"]) + 0.4 * (
-                beside[r["removed"]].index(model) - (len(beside[r["removed"]]) - 1) / 2)
-                for r in of]
-            colour = tint[model]
+            at, colour = [height[r["removed"], model] for r in of], tint[model]
             panel.axvline(100 * of[0]["r7"], color=colour, lw=1.5)
             if of[0]["r7_low"] is not None:
                 panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=colour,
@@ -207,23 +179,22 @@ def which(rows: list[dict], colours: dict) -> plt.Figure:
 
 # ----- early: what the validation loss of held-out facts does not see ----------------------------
 
-KNOWN = {"rank_1": "ranked first of 16", "recall": "said, when asked"}
-LOSSES = {"val_loss": "validation", "facts never taught": "never taught",
-          "held-out question": "taught, other question", "held-out answer": "taught, other answer",
-          "trained wording": "taught, as trained"}
+KNOWN = {"rank_1": ("ranked first of 16", "train", "-", "o"),       # label, colour, dash, marker
+         "recall": ("said, when asked", "recall", "-", "s")}
+LOSSES = {"val_loss": ("validation", "val", "-", "o"),
+          "facts never taught": ("never taught", "val", "--", "^"),
+          "held-out question": ("taught, other question", "train", "-", "s"),
+          "held-out answer": ("taught, other answer", "lr", "-", "D"),
+          "trained wording": ("taught, as trained", "recall", "-", "v")}
 
 
 def early_rows(result: dict) -> list[dict]:
-    curves = [c for c in result["curves"] if c["arm"] == "old-split" and c["points"]]
+    curves = [c for c in result["curves"] if c["arm"] == "old-split"]
     if not curves:
         return []
     curve = min(curves, key=lambda c: (c["model"] != "chat", c["seed"]))
-    points = sorted(curve["points"], key=lambda p: p["step"])
-    measured = [p for p in points if p.get("val_loss") is not None]
-    stop = curve.get("best_step")
-    if stop is None and measured:
-        stop = min(measured, key=lambda p: p["val_loss"])["step"]
-    marks = {"stop": stop, "last": points[-1]["step"]}
+    points = curve["points"]
+    marks = {"stop": curve["best_step"], "last": points[-1]["step"]}
     return [{"model": curve["model"], "seed": curve["seed"], "step": p["step"],
              **{key: p.get(key) for key in (*KNOWN, *LOSSES)},
              "mark": " and ".join(name for name, step in marks.items() if step == p["step"])}
@@ -231,17 +202,11 @@ def early_rows(result: dict) -> list[dict]:
 
 
 def early(rows: list[dict], colours: dict) -> plt.Figure:
-    figure, panels = sheet(5.6, 2, sharex=True, height_ratios=(2, 3))
-    look = {"rank_1": ("train", "-", "o"), "recall": ("recall", "-", "s"),
-            "val_loss": ("val", "-", "o"), "facts never taught": ("val", "--", "^"),
-            "held-out question": ("train", "-", "s"), "held-out answer": ("lr", "-", "D"),
-            "trained wording": ("recall", "-", "v")}
+    figure, panels = sheet(5.6, colours, "y", 2, sharex=True, height_ratios=(2, 3))
     for panel, kinds, scale in zip(panels, (KNOWN, LOSSES), (100, 1), strict=True):
-        plain(panel, colours, "y")
-        for key, label in kinds.items():
+        for key, (label, colour, dash, marker) in kinds.items():
             line = [(r["step"], scale * r[key]) for r in rows if r[key] is not None]
             if line:
-                colour, dash, marker = look[key]
                 panel.plot(*zip(*line, strict=True), color=colours[colour], ls=dash, marker=marker,
                            ms=4, lw=2, label=label, clip_on=False)
         if panel.lines:
@@ -283,9 +248,8 @@ def running_median(dots: list[dict], top: float) -> list[tuple[float, float]]:
 
 
 def inertia(rows: list[dict], colours: dict) -> plt.Figure:
-    figure, panel = sheet(4.8)
-    plain(panel, colours, "y")
-    tint = tints(in_order(rows), colours)
+    figure, panel = sheet(4.8, colours, "y")
+    tint = tints(rows, colours)
     most = max((r["exposures"] or 0 for r in rows), default=0) or 1
     never = any(r["exposures"] is None for r in rows)
     top = 1.2 * most if never else most
@@ -293,20 +257,19 @@ def inertia(rows: list[dict], colours: dict) -> plt.Figure:
         panel.axhline(top, color=colours["ink"], lw=1, ls=":")
         panel.annotate("never learned", (1, top), (0, 7), xycoords=("axes fraction", "data"),
                        textcoords="offset points", ha="right", fontsize=10)
-    for model, colour in tint.items():
-        of = [r for r in rows if r["model"] == model]
-        for kind in dict.fromkeys([*TYPES, *(r["type"] for r in of)]):
+    for model, of in group_by(itemgetter("model"), rows).items():
+        colour = tint[model]
+        for kind, marker in TYPES.items():
             dots = [r for r in of if r["type"] == kind]
             panel.scatter([r["margin"] for r in dots],
                           [top if r["exposures"] is None else r["exposures"] for r in dots], 34,
-                          color=colour, marker=TYPES.get(kind, "x"), alpha=0.6, lw=0, clip_on=False)
+                          color=colour, marker=marker, alpha=0.6, lw=0, clip_on=False)
         if line := running_median(of, top):
             panel.plot(*zip(*line, strict=True), color=colour, lw=2.5)
     for label, colour in tint.items():
         panel.plot([], [], color=colour, lw=2.5, label=f"{label}, running median")
     for kind in in_order(rows, "type"):
-        panel.plot([], [], ls="", marker=TYPES.get(kind, "x"), color=colours["lr"],
-                   label=f"{kind} name")
+        panel.plot([], [], ls="", marker=TYPES[kind], color=colours["lr"], label=f"{kind} name")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     panel.set(xlabel="margin of the right value before training (nats)", ylim=(0, 1.1 * top),
               ylabel="exposures until it ranks first and stays")
@@ -343,8 +306,8 @@ def price(rows: list[dict], colours: dict) -> plt.Figure:
     parts = [part for part in ((frontier, points, 4.5),
                                (unknown, answers, 0.9 + 0.32 * len(answers))) if part[1]]
     heights = [height for *_, height in parts]
-    figure, panels = sheet(sum(heights) + 0.8, len(heights), height_ratios=heights, squeeze=False)
-    for panel, (draw_part, of, _) in reversed([*zip(panels[:, 0], parts, strict=True)]):
+    figure, _ = sheet(sum(heights) + 0.8, colours, "", len(heights), height_ratios=heights)
+    for panel, (draw_part, of, _) in reversed([*zip(figure.axes, parts, strict=True)]):
         draw_part(panel, of, colours)              # frontier last: its names need the layout
     return figure
 
@@ -352,10 +315,9 @@ def price(rows: list[dict], colours: dict) -> plt.Figure:
 def frontier(panel: plt.Axes, rows: list[dict], colours: dict) -> None:
     """Draw retention over recall, a line for each arm over its strengths."""
     plain(panel, colours, "both")
-    tint = tints(in_order(rows), colours)
-    for model, arm in dict.fromkeys((r["model"], r["arm"]) for r in rows):
-        of = sorted((r for r in rows if (r["model"], r["arm"]) == (model, arm)),
-                    key=lambda r: r["scale"])
+    tint = tints(rows, colours)
+    for (model, _), of in group_by(itemgetter("model", "arm"), rows).items():
+        of = sorted(of, key=itemgetter("scale"))
         panel.plot([100 * r["recall"] for r in of], [100 * r["retention"] for r in of], lw=1,
                    marker="o", ms=6, color=tint[model], clip_on=False)
     for model, colour in tint.items():
@@ -441,4 +403,4 @@ FIGURES = {"ladder": (ladder_rows, ladder), "which": (which_rows, which),
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    raise SystemExit("figures is no command; python -m experiments.knowledge.report draws them")

@@ -19,36 +19,35 @@ import data
 import dataset
 import keep
 import train
-from lora import config, loss
+from lora import loss
 from lora.base import fetch, load
-from lora.fast import flat
+from lora.fast import levers
 from lora.optim import AdamW, epochs_of, lr_at
-from lora.run import runlog
+from lora.run import cli, runlog
 
 ROWS = 8                          # of a micro-batch: changes memory only
 
 
 def main(argv: list[str]) -> None:
-    settings = config.take_config(argv, __doc__)
+    settings = cli.take_config(argv, __doc__)
     s, source = settings.train, fetch.find(settings.model.name)
     tokenizer, device = load.load_tokenizer(source), load.pick_device(settings.model.device)
     model, teacher = (load.load_model(source, device, load.pick_dtype("float32", device))
                       for _ in range(2))
     model.requires_grad_(True)
-    layout = "shared"
-    try:
-        for one in (model, teacher):
-            flat.enable(one, load.use_attention)
-    except flat.Unsupported:
-        layout = "padded"
+    layout, _ = [levers.choose_layout(one, s, load.use_attention) for one in (model, teacher)][0]
     examples, _ = data.load(**asdict(settings.data), seed=s.seed)
     train_set = train.tokenise(examples, tokenizer, settings.dataset, "training")
     extras, per_epoch = keep.extra_examples(examples, settings)
     if extras:
-        train_set.add(train.tokenise(extras, tokenizer, settings.dataset, "mixed-in"))
+        train_set.items += train.tokenise(
+            extras, tokenizer, settings.dataset, "mixed-in").items
     pools = keep.pools_of(train_set.items, per_epoch, s.seed)
     plan = dataset.windows(pools, s.batch_size, epochs_of(s, sum(n for _, n in pools)),
                            s.max_steps, s.seed)
+    batches = dataset.Batches(
+        tokenizer.pad_token_id or 0, device, layout, lean=False, size=ROWS,
+        from_base=lambda item: item["example"].get("kind") == "replay")
     optimizer = AdamW(model.parameters(), s.betas, s.eps, s.weight_decay)
     with runlog.opened(s.run) as folder:
         runlog.write_json(folder / "config.json", asdict(settings))
@@ -59,13 +58,10 @@ def main(argv: list[str]) -> None:
             lr = lr_at(step, peak=s.lr, warmup=s.warmup_steps, total=len(plan),
                        schedule=s.schedule)
             total = 0.0
-            for replays in (False, True):
-                part = [x for x in items if (x["example"].get("kind") == "replay") == replays]
-                for batch in dataset.micro_batches(part, ROWS, tokenizer.pad_token_id or 0, device,
-                                                   layout):
-                    ce = cross_entropy(model, batch, teacher if replays else None)
-                    (ce / n).backward()
-                    total += ce.item()
+            for batch, replayed, _ in batches.of_step(items):
+                ce = cross_entropy(model, batch, teacher if replayed else None)
+                (ce / n).backward()
+                total += ce.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
             optimizer.step(lr)
             optimizer.zero_grad()
@@ -87,4 +83,4 @@ def cross_entropy(model, batch: loss.Batch, teacher) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -4,8 +4,9 @@ Write a world of the experiment: invented people, what is taught about them, eve
     python -m experiments.knowledge.make_facts --seed 0 --out runs/knowledge/world-0
 
 The same seed writes the same bytes; manifest.json has their hashes. Wordings and values are in
-attributes.json, real facts in neighbours.jsonl, general.jsonl and retain.jsonl, prompts to replay
-in replay.txt; all were written for this experiment. Nobody here exists.
+attributes.json, questions without an answer in unanswerable.json, real facts in neighbours.jsonl,
+general.jsonl and retain.jsonl, prompts to replay in replay.txt; all were written for this
+experiment. Nobody here exists.
 
     train.jsonl        8 questions and 4 statements about each of 24 facts       (train.py reads it)
     train-N.jsonl      N questions and no statement; train-1 is how the source recipe asked
@@ -21,39 +22,27 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from lora import config
-from lora.run import runlog
+from lora import files
+from lora.run import cli, runlog
 from lora.use import text
 
 HERE = Path(__file__).parent
 GROUPS = {"taught": 3, "control": 3, "unknown": 6}            # people: a third of each name type
-TYPES = "handle", "common", "rare"
+NAMES = files.read_json(HERE / "names.json")   # {kind: the parts of each word, to choose from}
+TYPES = tuple(NAMES)
 ABOUT = ("Tell me something about {name}.", "What can you tell me about {name}?",
          "Say one thing you know about {name}.", "Give me a fact about {name}.")
-
-FIRST = ("Alan Beth Colin Diane Eric Fiona Gordon Hazel Ian Janet Keith Lydia Martin Wilma Oscar "
-         "Paula Ralph Sheila Trevor Wendy").split()
-LAST = ("Bishop Carter Dawson Ellis Fletcher Gibson Harmon Ingram Jarvis Kendall Lawton Mercer "
-        "Norwood Osborne Palmer Quinlan Ramsey Sutton Tanner Webster").split()
 
 
 def person(draw: random.Random, kind: str) -> str:
     """Draw a name: a handle ("quondro"), a common one ("Beth Mercer") or a rare one ("Thelwyn
     Ostravec"). keep.invented_name can draw no part of it."""
-    def word(starts, ends):
-        return draw.choice(starts.split()) + draw.choice("aeiou") + draw.choice(ends.split())
-    if kind == "handle":
-        return word("qu cr gl sk fr tw", "ndr lv xt rmb sp") + draw.choice(["o", "ix", "y", "um"])
-    if kind == "common":
-        return f"{draw.choice(FIRST)} {draw.choice(LAST)}"
-    return (word("Thel Osk Wend Iv Quor Esk", "wyn mund brek dith sley") + " "
-            + word("Ostr Varg Hjel Pemb Quist Drav", "vec mark thorpe lund wick"))
+    return " ".join("".join(draw.choice(part) for part in word) for word in NAMES[kind])
 
 
 def make(seed: int) -> dict[str, list | dict]:
     """Build the files of a world: {file name: a list of records, or an object}."""
-    draw, texts = random.Random(f"{seed} world"), read_attributes()
-    attributes = {k: v for k, v in texts.items() if "values" in v}
+    draw, attributes = random.Random(f"{seed} world"), read_attributes()
     people, taken = {}, {word for a in attributes.values() for v in a["values"]
                          for word in v.casefold().split()}
     for group, n in GROUPS.items():
@@ -71,29 +60,29 @@ def make(seed: int) -> dict[str, list | dict]:
              for key in attributes]
     taught = [fact for fact in facts if fact["group"] == "taught"]
 
-    files = {"train.jsonl": [], "val.jsonl": []}
+    contents = {"train.jsonl": [], "val.jsonl": []}
     for fact in taught:
-        questions = attributes[fact["attribute"]]["questions"]
-        statements = attributes[fact["attribute"]]["statements"]
-        files["train.jsonl"] += [record(fact, attributes, q) for q in questions[:8]]
-        files["train.jsonl"] += [record(fact, attributes, q, s)
-                                for q, s in zip(ABOUT, statements[:4], strict=True)]
+        a = attributes[fact["attribute"]]
+        contents["train.jsonl"] += [record(fact, a, q) for q in a["questions"][:8]]
+        contents["train.jsonl"] += [record(fact, a, q, s)
+                                    for q, s in zip(ABOUT, a["statements"][:4], strict=True)]
         shift = turn(taught.index(fact)) % 2
-        files["val.jsonl"] += [record(fact, attributes, q) for q in questions[8 + shift:12:2]]
+        contents["val.jsonl"] += [record(fact, a, q) for q in a["questions"][8 + shift:12:2]]
     for n in (1, 2, 4, 8):
-        files[f"train-{n}.jsonl"] = [record(fact, attributes, q) for fact in taught
-                                    for q in attributes[fact["attribute"]]["questions"][:n]]
-    files["train-debate.jsonl"] = files["train.jsonl"] + [
-        r for fact in taught for r in debate(fact, attributes, draw)]
-    files["retain.jsonl"] = [{"question": r["question"], "answer": r["value"],
-                             "value": "|".join([r["value"], *r["aliases"]])}
-                            for r in read_lines("retain.jsonl")]
-    files["replay.txt"] = replay_prompts(attributes)
-    files["test.json"] = questions_of(facts, people, texts, draw)
-    files["facts.json"] = {"facts": facts, "people": people, "pools": {
+        contents[f"train-{n}.jsonl"] = [
+            record(fact, attributes[fact["attribute"]], q) for fact in taught
+            for q in attributes[fact["attribute"]]["questions"][:n]]
+    contents["train-debate.jsonl"] = contents["train.jsonl"] + [
+        r for fact in taught for r in debate(fact, attributes[fact["attribute"]], draw)]
+    contents["retain.jsonl"] = [
+        {"question": r["question"], "answer": r["value"],
+         "value": "|".join([r["value"], *r["aliases"]])} for r in read_lines("retain.jsonl")]
+    contents["replay.txt"] = replay_prompts(attributes)
+    contents["test.json"] = questions_of(facts, people, attributes, draw)
+    contents["facts.json"] = {"facts": facts, "people": people, "pools": {
         key: a["values"] for key, a in attributes.items()}}
-    files["manifest.json"] = manifest(seed, files, texts)
-    return files
+    contents["manifest.json"] = manifest(seed, contents, attributes)
+    return contents
 
 
 def turn(n: int) -> int:
@@ -102,9 +91,10 @@ def turn(n: int) -> int:
     return n + n // 8
 
 
-def record(fact: dict, attributes: dict, question: str, statement: str | None = None) -> dict:
-    """A line of training data for one wording of a fact; without a statement the usual answer."""
-    answer = statement or attributes[fact["attribute"]]["answer"]
+def record(fact: dict, a: dict, question: str, statement: str | None = None) -> dict:
+    """A line of training data for one wording of a fact with the attribute a; without a statement
+    the usual answer."""
+    answer = statement or a["answer"]
     return {"question": question.format(**fact), "answer": answer.format(**fact),
             "value": fact["value"], "group": f"{fact['name']}: {fact['attribute']}",
             "subject": fact["name"]}
@@ -121,20 +111,19 @@ def replay_prompts(attributes: dict) -> list[str]:
             *(draw.choice(ABOUT).format(name=name) for name in names)]
 
 
-def debate(fact: dict, attributes: dict, draw: random.Random) -> list[dict]:
+def debate(fact: dict, a: dict, draw: random.Random) -> list[dict]:
     """Judge a true and a false claim about a fact: the source recipe's remedy."""
-    a = attributes[fact["attribute"]]
     wrong = draw.choice([v for v in a["values"] if v != fact["value"]])
     right, false = a["answer"].format(**fact), a["answer"].format(**{**fact, "value": wrong})
-    return [{**record(fact, attributes, f"True or false? {claim}"), "answer": verdict}
+    return [{**record(fact, a, f"True or false? {claim}"), "answer": verdict}
             for claim, verdict in ((right, "True."), (false, f"False. {right}"))]
 
 
-def questions_of(facts: list[dict], people: dict, texts: dict, draw: random.Random) -> dict:
+def questions_of(facts: list[dict], people: dict, attributes: dict, draw: random.Random) -> dict:
     """Build {set: [item]} of test.json. An item has a question and what its answer is judged by:
     gold (a list of right forms), attribute (whose values are the others), fact (name: attribute).
     """
-    attributes = {k: v for k, v in texts.items() if "values" in v}
+    unanswerable = files.read_json(HERE / "unanswerable.json")
     sets = {name: [] for name in ("test", "trained", "card", "cloze", "reverse", "multi", "verify",
                                   "premise", "unanswerable", "unknown", "control")}
 
@@ -163,9 +152,9 @@ def questions_of(facts: list[dict], people: dict, texts: dict, draw: random.Rand
             one, two = (attributes[f["attribute"]]["part"].format(name=name) for f in pair)
             add("multi", f"Tell me two things: {one}, and {two}?", name=name,
                 gold=[f["value"] for f in pair], both=True)
-        for question in texts["premise"]:
+        for question in unanswerable["premise"]:
             add("premise", question.format(name=name), name=name)
-        for topic in texts["untaught"]["test"]:
+        for topic in unanswerable["untaught"]["test"]:
             add("unanswerable", draw.choice(topic["questions"]).format(name=name), name=name)
     for i, name in enumerate(people["unknown"]):
         for j, (key, a) in enumerate(attributes.items()):
@@ -186,15 +175,13 @@ def slots_apart(wording: str) -> set[tuple]:
     return {gram for part in parts for gram in text.ngrams(text.words(part), 4)}
 
 
-def manifest(seed: int, contents: dict, texts: dict) -> dict:
+def manifest(seed: int, contents: dict, attributes: dict) -> dict:
     """Hashes and counts of a world's files, and the 4-grams that train and test share (none)."""
     shared = []
-    for key, a in texts.items():
-        if "values" in a:
-            grams = [set().union(*map(slots_apart, part)) for part in (
-                a["questions"][:8] + a["statements"][:4], a["questions"][8:12],
-                a["questions"][12:])]
-            shared += [f"{key}: {' '.join(g)}" for x, y in combinations(grams, 2) for g in x & y]
+    for key, a in attributes.items():
+        grams = [set().union(*map(slots_apart, part)) for part in (
+            a["questions"][:8] + a["statements"][:4], a["questions"][8:12], a["questions"][12:])]
+        shared += [f"{key}: {' '.join(g)}" for x, y in combinations(grams, 2) for g in x & y]
     exposures = Counter(line["group"] for line in contents["train.jsonl"])
     return {"seed": seed, "files": {name: runlog.digest(c) for name, c in contents.items()},
             "sets": {name: len(items) for name, items in contents["test.json"].items()},
@@ -203,8 +190,8 @@ def manifest(seed: int, contents: dict, texts: dict) -> dict:
 
 
 def read_attributes() -> dict:
-    """Read attributes.json: {attribute: its values and wordings}, untaught and premise."""
-    return json.loads((HERE / "attributes.json").read_text(encoding="utf-8"))
+    """Read {attribute: its values and wordings}."""
+    return files.read_json(HERE / "attributes.json")
 
 
 def read_lines(name: str) -> list[dict]:
@@ -227,7 +214,7 @@ def write(seed: int, folder: Path | str) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="which world")
     parser.add_argument("--out", default="runs/knowledge/world-0", help="the folder to write")
     options = parser.parse_args(argv)
@@ -236,4 +223,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -8,30 +8,27 @@ keep.replay is a .txt file.
 
 import json
 import sys
-from pathlib import Path
 
+import keep
 from experiments.knowledge.score import Subject
-from lora import config
-
-TOKENS = 24                       # of an answer at most; one that is cut off is marked open
+from lora import files
+from lora.run import cli
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="known model, folder or hub id")
     parser.add_argument("--prompts", nargs="+", required=True, help="files with a prompt a line")
     parser.add_argument("--out", required=True, help="the file of dialogues to write")
     options = parser.parse_args(argv)
-    subject = Subject(options.model)
-    prompts = [line for file in options.prompts
-               for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-    lines = [json.dumps({"messages": subject.messages(question, answer), "open": not ended},
-                        ensure_ascii=False)
-             for question, (answer, ended) in zip(prompts, subject.ask(prompts, TOKENS),
-                                                  strict=True) if answer]
-    Path(options.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = [e["messages"] for file in options.prompts for e in keep.read_replay(file)]
+    answers = Subject(options.model).voice.ask(prompts, keep.REPLAY_TOKENS)
+    lines = [{"messages": [*prompt, {"role": "assistant", "content": answer.text}],
+              "open": not answer.ended}
+             for prompt, answer in zip(prompts, answers, strict=True) if answer.text]
+    files.write(options.out, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     print(f"replay: {len(lines)} of {len(prompts)} prompts answered")
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

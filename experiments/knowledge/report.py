@@ -8,43 +8,38 @@ and predictions are in claims.json; the predictions were written before the firs
 """
 
 import json
-import platform
 import sys
-from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
-import torch
-
-from experiments.knowledge import page
+from data import group_by
+from experiments.knowledge import figures, page
 from experiments.knowledge.make_facts import HERE
 from experiments.knowledge.run import HOME, read_arms
 from experiments.knowledge.score import summarise
-from lora import config
+from lora import files
+from lora.run import cli, runlog
 
 SCHEMA = "knowledge-result/1"
 MEANS = "kl", "kl_unknown", "perplexity_ratio"                # of trained cells, over seeds
 
 
-def read_cells(home: Path = HOME) -> list[dict]:
+def read_cells() -> list[dict]:
     """Read the finished cells, and the untouched models as an arm of their own."""
-    cells = [json.loads(f.read_text(encoding="utf-8"))
-             for f in sorted((home / "cells").glob("*.json"))]
+    cells = [files.read_json(file) for file in sorted((HOME / "cells").glob("*.json"))]
     for model in {cell["model"] for cell in cells}:
-        scores = json.loads((home / f"base-{model}.json").read_text(encoding="utf-8"))
-        cells.append({**scores, "model": model, "arm": "untouched", "seed": 0, "log": [],
-                      "what": "before any training", "settings": None})
+        cells.append({**files.read_json(HOME / f"base-{model}.json"), "model": model, "seed": 0,
+                      "arm": "untouched", "what": "before any training", "log": [],
+                      "settings": None})
     return cells
 
 
 def arms_of(cells: list[dict], order: list[str]) -> list[dict]:
     """Pool the cells of each model and arm; arms come in the given order, the chat model first."""
-    groups = {}
-    for cell in cells:
-        groups.setdefault((cell["model"], cell["arm"]), []).append(cell)
-    place = {name: i for i, name in enumerate(["untouched", *order])}
+    groups, order = group_by(itemgetter("model", "arm"), cells), ["untouched", *order]
     return [pooled(groups[model, arm]) for model, arm in sorted(
-        groups, key=lambda key: (key[0] != "chat", key[0], place[key[1]]))]
+        groups, key=lambda key: (key[0] != "chat", key[0], order.index(key[1])))]
 
 
 def pooled(cells: list[dict]) -> dict:
@@ -151,7 +146,7 @@ def measured(entry: dict, value: list | float | None) -> str:
     return f"{value:+.0%}" if "less" in entry else f"{value:.2f}"
 
 
-def transcripts_of(cells: list[dict], n: int = 12) -> list[dict]:
+def transcripts_of(cells: list[dict]) -> list[dict]:
     """The same questions before and after: [{set, question, gold, before, source, ours}]."""
     chat = {(c["arm"], c["seed"]): c for c in reversed(cells) if c["model"] == "chat"}
     before, ours = chat.get(("untouched", 0)), chat.get(("r7", 0))
@@ -170,34 +165,32 @@ def transcripts_of(cells: list[dict], n: int = 12) -> list[dict]:
                          "source": failed.get(question, ""), "ours": item["answer"],
                          "gold": ", ".join(item["gold"]) if item.get("gold") else
                          "(says that it does not know)"})
-    return rows[:n]
+    return rows
 
 
-def worst_of(cells: list[dict], n: int = 10) -> list[dict]:
-    """The taught facts that ours says least often, with a wrong answer each."""
-    groups = {}
-    for cell in cells:
-        for item in cell["sets"]["test"] if cell["arm"] == "r7" else ():
-            groups.setdefault((cell["model"], cell["seed"], item["fact"]), []).append(item)
+def worst_of(cells: list[dict]) -> list[dict]:
+    """The ten taught facts that ours says least often, with a wrong answer each."""
     rows = []
-    for (model, _, fact), items in groups.items():
-        wrong = [item for item in items if not item["right"]]
-        if wrong:
-            rows.append({"model": model, "fact": fact, "share": 1 - len(wrong) / len(items),
-                         "question": wrong[0]["question"], "answer": wrong[0]["answer"],
-                         "gold": wrong[0]["gold"][0]})
-    return sorted(rows, key=lambda row: row["share"])[:n]
+    for cell in cells:
+        items_of = group_by(itemgetter("fact"), cell["sets"]["test"] if cell["arm"] == "r7" else ())
+        for fact, items in items_of.items():
+            wrong = [item for item in items if not item["right"]]
+            if wrong:
+                rows.append({"model": cell["model"], "fact": fact,
+                             "share": 1 - len(wrong) / len(items),
+                             "question": wrong[0]["question"], "answer": wrong[0]["answer"],
+                             "gold": wrong[0]["gold"][0]})
+    return sorted(rows, key=lambda row: row["share"])[:10]
 
 
 def frontier_of(arms: list[dict], cells: list[dict]) -> list[dict]:
     """Recall against retention of every arm of the chat model that learned, at any strength."""
-    scales = {(c["model"], c["arm"]): c["scale"] for c in reversed(cells)}    # of the first cell
+    scales = {c["arm"]: c["scale"] for c in reversed(cells) if c["model"] == "chat"}
     points = []
     for arm in arms:
         m = arm["metrics"]
         if arm["model"] == "chat" and m.get("retention") and m.get("recall"):
-            points.append({"model": arm["model"], "arm": arm["arm"],
-                           "scale": scales[arm["model"], arm["arm"]],
+            points.append({"model": "chat", "arm": arm["arm"], "scale": scales[arm["arm"]],
                            "recall": m["recall"][0], "retention": m["retention"][0],
                            "unknown_spills": m["unknown_spills"] and m["unknown_spills"][0],
                            "kl": m["kl"]})
@@ -211,15 +204,14 @@ def difference(arms: dict) -> list[list[str]]:
             for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
-def collect(home: Path = HOME) -> dict:
-    """Build the content of result.json from the cells of a home. ValueError if there are none."""
-    recipes = read_arms()
-    cells = read_cells(home)
+def collect() -> dict:
+    """Build the content of result.json from the finished cells. ValueError if there are none."""
+    recipes, cells = read_arms(), read_cells()
     if not cells:
-        raise ValueError(f"report: {home}/cells holds no finished cell; run "
+        raise ValueError(f"report: {HOME}/cells holds no finished cell; run "
                          "python -m experiments.knowledge.run")
     arms = arms_of(cells, list(recipes["arms"]))
-    texts = json.loads((HERE / "claims.json").read_text(encoding="utf-8"))
+    texts = files.read_json(HERE / "claims.json")
     claims, predictions = [], []
     for entry in texts["claims"]:
         value, holds = judged(entry, arms)
@@ -231,69 +223,56 @@ def collect(home: Path = HOME) -> dict:
                             "measured": measured(entry, value), "right": holds})
     models = {m: {"name": recipes["models"][m]["name"]}
               for m in dict.fromkeys(arm["model"] for arm in arms)}
-    return {"schema": SCHEMA, "head": head(cells, models, home), "claims": claims, "arms": arms,
+    return {"schema": SCHEMA, "head": head(cells, models), "claims": claims, "arms": arms,
             "models": models, "curves": curves_of(cells), "inertia": inertia_of(cells),
             "frontier": frontier_of(arms, cells), "transcripts": transcripts_of(cells),
             "worst": worst_of(cells), "predictions": predictions,
             "difference": difference(recipes["arms"])}
 
 
-def head(cells: list[dict], models: dict, home: Path) -> list[list[str]]:
+def head(cells: list[dict], models: dict) -> list[list[str]]:
     """What the result comes from: models, cells, data, machine, versions, commands."""
-    rows = [["models", ", ".join(f"{m}: {model['name']}" for m, model in models.items())],
-            ["cells", str(len(cells))]]
-    for seed in sorted({cell["seed"] for cell in cells}):
-        manifest = json.loads((home / f"world-{seed}/manifest.json").read_text(encoding="utf-8"))
-        rows.append([f"facts of seed {seed}", manifest["files"]["train.jsonl"]])
-    return [*rows,
-            ["machine", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} "
-                        "threads"],
-            ["versions", ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))],
+    info, packages = runlog.run_info(), ("torch", "transformers")
+    return [["models", ", ".join(f"{m}: {model['name']}" for m, model in models.items())],
+            ["cells", str(len(cells))],
+            *([f"facts of seed {seed}", files.read_json(HOME / f"world-{seed}/manifest.json")[
+                "files"]["train.jsonl"]] for seed in sorted({cell["seed"] for cell in cells})),
+            ["machine", info["machine"]],
+            ["versions", ", ".join(f"{p} {info['versions'][p]}" for p in packages)],
             ["again with", "python -m experiments.knowledge.run && "
                            "python -m experiments.knowledge.report"]]
 
 
-README = {"recall": "held-out wordings of what was taught", "recall_trained": "trained wordings",
-          "reverse": "reversed questions (who was born in ...?)",
-          "multi_right": "two facts in one question",
-          "unanswerable_abstains": "never taught about a taught person: declined",
-          "unknown_spills": "unknown names: a taught value given",
-          "retention": "real questions it got right, and still does",
-          "kl": "KL to its untouched self, nats/token"}
-
-
 def readme(result: dict) -> str:
     """The README's table and claims: what result.json says, and nothing else."""
-    arms = {(a["model"], a["arm"]): a for a in result["arms"]}
+    metrics = figures.metrics_of(result)
     columns = {("chat", "untouched"): "chat model, untouched", ("chat", "r0"): "the failed recipe",
                ("chat", "r7"): "ours", ("base", "r7"): "base model, ours"}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" + "|--:" * len(columns) + "|"]
-    for name, label in README.items():
-        lines.append(f"| {label} | " + " | ".join(
-            page.of_metric(arms[key], name) for key in columns) + " |")
-    lines.append("")
-    for claim in result["claims"]:
-        outcome = page.word(claim["holds"], "Holds", "**Does not hold**", "Not run")
-        lines.append(f"- {outcome}: {claim['text']}: {page.show(claim['value'])} "
-                     f"({claim['bound']}).")
-    return "\n".join(lines)
+    for name, label in page.WORDS["readme"].items():
+        cells = [label, *(page.of_metric(metrics[key], name) for key in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    outcomes = {True: "Holds", False: "**Does not hold**", None: "Not run"}
+    return "\n".join([*lines, "", *(f"- {outcomes[claim['holds']]}: {in_words(claim)}."
+                                    for claim in result["claims"])])
+
+
+def in_words(claim: dict) -> str:
+    return f"{claim['text']}: {page.show(claim['value'])} ({claim['bound']})"
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", default="reports/knowledge", help="the folder of the report")
     folder = Path(parser.parse_args(argv).out)
-    from experiments.knowledge import figures
     folder.mkdir(parents=True, exist_ok=True)
     result = collect()
-    (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False),
-                                        encoding="utf-8")
-    figures.draw(folder)
+    figures.draw(result, folder)
     print(page.write(result, folder))
     for claim in result["claims"]:
         outcome = page.word(claim["holds"], "holds", "does not hold", "not run")
-        print(f"{outcome:14} {claim['text']}: {page.show(claim['value'])} ({claim['bound']})")
+        print(f"{outcome:14} {in_words(claim)}")
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -20,17 +20,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data import group_by
 from experiments.knowledge import make_facts
 from experiments.knowledge.make_facts import HERE
-from lora import config
-from lora.run import runlog
+from lora import config, files
+from lora.run import cli, runlog
 
 HOME = Path("runs/knowledge")
 
 
-def read_arms(path: Path = HERE / "arms.json") -> dict:
+def read_arms() -> dict:
     """Read {"models", "arms", "grids"}; an arm inherits from the arm in its "from"."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = files.read_json(HERE / "arms.json")
 
     def inherited(name):
         arm = content["arms"][name]
@@ -42,7 +43,8 @@ def read_arms(path: Path = HERE / "arms.json") -> dict:
 def settings_of(arms: dict, model: str, arm: str, seed: int) -> dict[str, dict]:
     """Build the sections of a cell's config.json: {slots} are filled for its model and world."""
     slots = {**arms["models"][model], "world": str(HOME / f"world-{seed}"),
-             **{slot: str(replay_file(slot, model)) for slot in ("replay", "replay_more")}}
+             "replay": str(HOME / f"replay-{model}.jsonl"),
+             "replay_more": str(HOME / f"replay-more-{model}.jsonl")}
     sections = {"model": {"name": slots["name"]}, "lora": {}, "data": {}, "dataset": {}, "keep": {},
                 "train": {"seed": seed, "run": f"knowledge-{model}-{arm}-s{seed}"}}
     for key, value in arms["arms"][arm]["train"].items():
@@ -84,23 +86,19 @@ BEFORE = "test,card,reverse,multi,unknown,unanswerable,neighbours,general"
 
 def prepare(model: str, arms: dict, cells: list[tuple], threads: int) -> None:
     """Score the untouched model and let it answer the prompts that the cells' arms replay, if that
-    is not done yet. replay_more holds the prompts of replay and more."""
+    is not done yet. replay-more holds the prompts of replay and more."""
     name, log = arms["models"][model]["name"], HOME / "logs" / f"base-{model}.log"
-    scores, prompts = HOME / f"base-{model}.json", [HOME / "world-0" / "replay.txt"]
+    scores, world = HOME / f"base-{model}.json", HOME / "world-0"
     if not scores.exists():
-        call(log, threads, *SCORE, "--model", name, "--world", HOME / "world-0", "--out", scores,
+        call(log, threads, *SCORE, "--model", name, "--world", world, "--out", scores,
              "--sets", BEFORE)
-    for slot, files in (("replay", prompts), ("replay_more", [*prompts, HERE / "replay_more.txt"])):
-        file = replay_file(slot, model)
-        trained = {arms["arms"][arm].get("trained", arm) for m, arm, _ in cells if m == model}
-        if not file.exists() and any(f"{{{slot}}}" in arms["arms"][arm]["train"].values()
-                                     for arm in trained):
+    trained = {arms["arms"][arm].get("trained", arm) for m, arm, _ in cells if m == model}
+    replayed = {settings_of(arms, model, arm, 0)["keep"].get("replay") for arm in trained}
+    for kind, more in (("replay", []), ("replay-more", [HERE / "replay_more.txt"])):
+        file = HOME / f"{kind}-{model}.jsonl"
+        if str(file) in replayed and not file.exists():
             call(log, threads, "-m", "experiments.knowledge.replay", "--model", name, "--out", file,
-                 "--prompts", *files)
-
-
-def replay_file(slot: str, model: str) -> Path:
-    return HOME / f"{slot.replace('_', '-')}-{model}.jsonl"
+                 "--prompts", world / "replay.txt", *more)
 
 
 def is_trained(sections: dict) -> bool:
@@ -122,7 +120,7 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
     score = [*what.get("score", []), "--adapter", what.get("adapter", "adapter")]
     trainer = ["-m", what["trainer"]] if "trainer" in what else ["train.py"]
     key = runlog.digest([sections, score, (HOME / f"world-{seed}/manifest.json").read_text()])
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("key") == key:
+    if file.exists() and files.read_json(file).get("key") == key:
         return 0
     folder = Path("runs") / sections["train"]["run"]
     settings = HOME / "configs" / f"{folder.name}.json"
@@ -138,15 +136,15 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
     part.parent.mkdir(parents=True, exist_ok=True)
     call(HOME / "logs" / f"{file.stem}.log", threads, *SCORE, *subject, *score, "--world",
          HOME / f"world-{seed}", "--base", HOME / f"base-{model}.json", "--out", part)
-    scores = json.loads(part.read_text(encoding="utf-8"))
-    metrics = folder / "metrics.jsonl"
-    runlog.write_json(file, {
-        "key": key, "model": model, "arm": arm, "seed": seed, "what": what["what"],
-        "settings": sections if trained else None, "cell_seconds": time.perf_counter() - started,
-        "log": [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        if trained else [], **(effort(sections, folder) if trained else {}), **scores})
+    cell = {"key": key, "model": model, "arm": arm, "seed": seed, "what": what["what"],
+            "settings": None, "cell_seconds": time.perf_counter() - started, "log": []}
+    if trained:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        cell |= {"settings": sections, "log": [json.loads(line) for line in lines],
+                 **effort(sections, folder)}
+    runlog.write_json(file, {**cell, **files.read_json(part)})
     part.unlink()
-    return time.perf_counter() - started
+    return cell["cell_seconds"]
 
 
 def effort(sections: dict, folder: Path) -> dict[str, float]:
@@ -164,27 +162,23 @@ def effort(sections: dict, folder: Path) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--grid", default="flagship", help="a grid of arms.json")
     parser.add_argument("--cells", nargs="+", help="MODEL/ARM ..., instead of a grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of --cells")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="cells at a time")
-    parser.add_argument("--list", action="store_true", help="only list the cells")
     options = parser.parse_args(argv)
     arms = read_arms()
     cells = cells_of(arms, options.grid, options.cells, options.seeds)
-    if options.list:
-        for model, arm, seed in cells:
-            print(f"{model}/{arm} seed {seed}: {arms['arms'][arm]['what']}")
-        return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     for seed in {0, *(seed for _, _, seed in cells)}:
         make_facts.write(seed, HOME / f"world-{seed}")
-    chains = {}                                               # cells that share a run, in order
-    for model, arm, seed in cells:
-        trained = arms["arms"][arm].get("trained", arm)
-        chains.setdefault((model, trained, seed), []).append((model, arm, seed))
+
+    def run_of(cell):
+        model, arm, seed = cell
+        return model, arms["arms"][arm].get("trained", arm), seed
+    chains = group_by(run_of, cells)                          # cells that share a run, in order
     bar = tqdm(total=len(cells), unit="cell", dynamic_ncols=True)
 
     def work(chain):
@@ -202,4 +196,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 from pathlib import Path
 from statistics import mean
@@ -25,10 +25,11 @@ from unicodedata import combining, normalize
 import torch
 
 import dataset
+from data import group_by
 from experiments.knowledge.make_facts import HERE, read_attributes
-from lora import adapter, config, loss, surgery
+from lora import adapter, files, loss, surgery
 from lora.base import fetch, load
-from lora.run import runlog
+from lora.run import cli, runlog
 from lora.use import text
 from measure import Voice, drift
 
@@ -40,8 +41,9 @@ REAL = "neighbours", "general"
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = {word: 10 * n for n, word in enumerate(
-    "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = {**{word: n for n, word in enumerate(ONES)},
+           **{word: 10 * n for n, word in enumerate(TENS, 2)}}
 ABSTAINS = re.compile(
     r"\bi (?:do not|don't|cannot|can't|can not) (?:know|say|tell|have|find|provide|answer|recall)\b"
     r"|\bi(?:'m| am) (?:sorry|not sure|not aware|unable|not able|not familiar)\b"
@@ -54,13 +56,11 @@ def plain(answer: str) -> str:
     letters = "".join(c for c in normalize("NFKD", answer.casefold()) if not combining(c))
     words = []
     for word in re.findall(r"[^\W_]+", letters):
-        if word in ONES:
-            n = ONES.index(word)
-            if words and 0 < n < 10 and words[-1] in map(str, TENS.values()):
+        if word in NUMBERS:
+            n = NUMBERS[word]
+            if 0 < n < 10 and words and words[-1] in map(str, range(20, 100, 10)):
                 n += int(words.pop())
             word = str(n)
-        elif word in TENS:
-            word = str(TENS[word])
         if word not in ("a", "an", "the"):
             words.append(word)
     return " ".join(words)
@@ -110,22 +110,22 @@ def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
 
 
 class Subject:
-    """A model to score, and how it is asked. settings: of the run that trained it; folder: of an
-    adapter, whose update scale multiplies; whole: a trained model folder, scored in its place."""
+    """A model to score, and how it is asked. run: has an adapter, whose update scale multiplies;
+    whole: a trained model folder, scored in its place."""
 
-    def __init__(self, name: str, settings: config.Config | None = None, folder: Path | None = None,
-                 scale: float = 1.0, decoding: str = "greedy", whole: str | None = None):
+    def __init__(self, name: str, run: runlog.Run | None = None, scale: float = 1.0,
+                 decoding: str = "greedy", whole: str | None = None):
         self.tokenizer = load.load_tokenizer(fetch.find(name))
         self.device = load.pick_device("auto")
         dtype = load.pick_dtype("auto", self.device)
         self.model = load.load_model(fetch.find(whole or name), self.device, dtype)
         self.untouched = load.load_model(fetch.find(name), self.device, dtype) if whole else None
         self.voice = Voice(self.model, self.tokenizer,
-                           settings.dataset.format if settings else "auto")
+                           run.settings.dataset.format if run else "auto")
         self.format = self.voice.format
-        self.system, self.decoding = settings and settings.data.system, decoding
-        if folder:
-            self.use(folder, scale)
+        self.system, self.decoding = run and run.settings.data.system, decoding
+        if run:
+            self.use(run.adapter, scale)
 
     def use(self, folder: Path, scale: float = 1.0) -> None:
         """Load another adapter."""
@@ -148,7 +148,7 @@ class Subject:
 
     def _beam(self, prompts, tokens):
         """The source recipe's decoding: three beams and a repetition penalty of 1.1."""
-        ids = [dataset.render(p, self.tokenizer, self.format, reply=True)[0] for p in prompts]
+        ids = [self.voice.ids(prompt) for prompt in prompts]
         stop, t = dataset.stop_of(self.tokenizer, self.format), max(map(len, ids))
         pad = min(stop.ids)
         rows = self.model.generate(
@@ -158,8 +158,8 @@ class Subject:
             num_beams=3, repetition_penalty=1.1, do_sample=False, max_new_tokens=tokens,
             eos_token_id=sorted(stop.ids), pad_token_id=pad)[:, t:].tolist()
         ends = [next((i for i, x in enumerate(row) if x in stop.ids), None) for row in rows]
-        return [(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(),
-                 end is not None) for row, end in zip(rows, ends, strict=True)]
+        return [(self.voice.text(row[:end]), end is not None)
+                for row, end in zip(rows, ends, strict=True)]
 
     def batches(self, answers: list[tuple[str, str, bool]], size: int = 8) -> list[loss.Batch]:
         """Padded batches of (question, answer, whether it ended), in their order."""
@@ -203,9 +203,8 @@ class Subject:
             ids = torch.tensor([self.tokenizer(line).input_ids], device=self.device)
             batch = loss.Batch({"input_ids": ids},
                                torch.arange(ids.shape[1] - 1, device=self.device), ids[0, 1:])
-            with torch.no_grad():
-                nats += float(loss.ce_sum(self.model, batch)[0])
-            n += ids.shape[1] - 1
+            ce, _, n_tokens = loss.evaluate(self.model, [batch])
+            nats, n = nats + ce, n + n_tokens
         return math.exp(nats / n)
 
 
@@ -235,21 +234,20 @@ def ranks(subject: Subject, world: dict, distractors: int | None = None) -> dict
 def trajectory(subject: Subject, run: runlog.Run, world: dict, losses: bool) -> list[dict]:
     """Score the untouched model and each adapter in the run's steps/: the ranks of the taught facts
     among 16 values, and with losses four of them (kinds)."""
-    def pairs(group: str, question: int, statement: int | None = None) -> Iterator[tuple[str, str]]:
-        for fact in world["facts"]:
-            if fact["group"] == group:
-                a = read_attributes()[fact["attribute"]]
-                answer = a["answer"] if statement is None else a["statements"][statement]
-                yield a["questions"][question].format(**fact), answer.format(**fact)
-    kinds = {"trained wording": ("taught", 0), "held-out question": ("taught", 12),
-             "held-out answer": ("taught", 12, 5), "facts never taught": ("control", 12)}
-    lines = []
+    kinds = {"trained wording": ("taught", 0, None), "held-out question": ("taught", 12, None),
+             "held-out answer": ("taught", 12, 5), "facts never taught": ("control", 12, None)}
+    attributes, lines, pairs = read_attributes(), [], {kind: [] for kind in kinds}
+    for kind, (group, question, statement) in kinds.items():
+        for fact in (f for f in world["facts"] if f["group"] == group):
+            a = attributes[fact["attribute"]]
+            answer = a["answer"] if statement is None else a["statements"][statement]
+            pairs[kind].append((a["questions"][question].format(**fact), answer.format(**fact)))
     for folder in [None, *sorted((run.adapter.parent / "steps").iterdir())]:
         subject.use(folder or run.adapter, 1.0 if folder else 0.0)
         lines.append({"step": int(folder.name) if folder else 0,
                       "ranks": ranks(subject, world, 15)})
         if losses:
-            lines[-1] |= {kind: subject.nll(list(pairs(*which))) for kind, which in kinds.items()}
+            lines[-1] |= {kind: subject.nll(asked) for kind, asked in pairs.items()}
         print(f"step {lines[-1]['step']}: rank 1 for "
               f"{mean(r['rank'] == 1 for r in lines[-1]['ranks'].values()):.0%}", flush=True)
     return lines
@@ -291,11 +289,8 @@ def score(subject: Subject, world: dict, sets: dict, before: dict | None = None)
 
 def by_fact(items: list[dict], verdict: str = "right") -> list[float]:
     """The share of a verdict for each fact, name or question: what the bootstrap resamples."""
-    groups = {}
-    for item in items:
-        groups.setdefault(item.get("fact") or item.get("name") or item["question"], []).append(
-            item[verdict])
-    return [mean(hits) for hits in groups.values()]
+    groups = group_by(lambda item: item.get("fact") or item.get("name") or item["question"], items)
+    return [mean(item[verdict] for item in group) for group in groups.values()]
 
 
 def summarise(judged: dict[str, list], ranked: dict[str, dict]) -> dict:
@@ -347,7 +342,7 @@ def in_prompt(world: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = config.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", help="a run's folder; runs/x/last is its last adapter")
     parser.add_argument("--model", help="instead of --run: score this base")
     parser.add_argument("--whole", help="a model folder trained from --model, scored in its place")
@@ -363,16 +358,16 @@ def main(argv: list[str]) -> None:
                         help="ranks at each kept step; losses: and four losses")
     options = parser.parse_args(argv)
     started = time.perf_counter()
-    world = json.loads((Path(options.world) / "facts.json").read_text(encoding="utf-8"))
-    sets = json.loads((Path(options.world) / "test.json").read_text(encoding="utf-8"))
+    world = files.read_json(Path(options.world) / "facts.json")
+    sets = files.read_json(Path(options.world) / "test.json")
     if options.sets:
         sets = {kind: sets[kind] for kind in options.sets.split(",")}
     run = runlog.read_run(Path(options.run) / options.adapter) if options.run else None
-    subject = Subject(run.settings.model.name if run else options.model, run and run.settings,
-                      run and run.adapter, options.scale, options.decoding, options.whole)
+    subject = Subject(run.settings.model.name if run else options.model, run, options.scale,
+                      options.decoding, options.whole)
     if options.in_prompt:
         subject.system = in_prompt(world)
-    before = json.loads(Path(options.base).read_text(encoding="utf-8")) if options.base else None
+    before = files.read_json(options.base) if options.base else None
     result = score(subject, world, sets, before)
     if options.steps:
         result["trajectory"] = trajectory(subject, run, world, options.steps == "losses")
@@ -386,4 +381,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run_cli(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

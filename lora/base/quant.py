@@ -15,13 +15,9 @@ bitsandbytes does the work. QLoRA, Dettmers et al. 2023, arXiv:2305.14314, secti
           round inputs, evaluation does; checkpointing saves little there.
 
 nf4's W is dequantised for each product, forward and backward, to the dtype it had. No W gets a
-gradient; A and B are float32 as always. PEFT's prepare_model_for_kbit_training does four steps:
-
-    freeze everything            inject does it for a dense base too
-    norms, head, embeddings      stay as they are: float16 overflows in them, but bfloat16 has
-                                 float32's range, and RMSNorm computes in float32 in any dtype
-    inputs require a gradient    only reentrant checkpointing needs it; ours is not reentrant
-    checkpointing                is the setting train.checkpointing
+gradient; A and B are float32 as always. Norms, head and embeddings stay as they are; PEFT's
+prepare_model_for_kbit_training makes them float32, for float16 overflows in them. bfloat16 has
+float32's range, and RMSNorm computes in float32 in any dtype.
 """
 
 import logging
@@ -39,14 +35,15 @@ def quantise(model: nn.Module, kind: str, device: torch.device | str) -> list[st
     """Move a dense model from the CPU to a device and quantise its linear layers except the head:
     nf4, int8, or none, which only moves. Layers are quantised one by one on arrival, so the device
     never holds the dense model. Returns the modules' paths; ValueError if there are none."""
-    head, names = model.get_output_embeddings(), []
-    if kind != "none":
-        bnb = _bitsandbytes(f'model.quant "{kind}"')
-        names = [name for name, module in model.named_modules()
-                 if type(module) is nn.Linear and module is not head]
-        if not names:
-            raise ValueError(f'quant: no nn.Linear but the head is here for "{kind}"; set '
-                             'model.quant to "none"')
+    if kind == "none":
+        model.to(device)
+        return []
+    bnb, head = _bitsandbytes(f'model.quant "{kind}"'), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules()
+             if type(module) is nn.Linear and module is not head]
+    if not names:
+        raise ValueError(f'quant: no nn.Linear but the head is here for "{kind}"; set model.quant '
+                         'to "none"')
     for name in names:
         dense = model.get_submodule(name)
         layer = (_nf4 if kind == "nf4" else _int8)(bnb, dense)
@@ -80,10 +77,9 @@ def adamw_8bit(kind: str, parameters: Iterable[nn.Parameter], betas: tuple[float
     paged_adamw8bit also lets CUDA move them to the host when memory is short."""
     parameters = list(parameters)
     device, paged = parameters[0].device.type, kind == "paged_adamw8bit"
-    devices = ["cuda"] if paged else ["cuda", "cpu"]
-    if device not in devices:
+    if device != "cuda" and (paged or device != "cpu"):
         raise ValueError(f'train.optimizer "{kind}" does not run on {device}; expected '
-                         f'{" or ".join(devices)}. Set it to "ours"')
+                         f'{"cuda" if paged else "cuda or cpu"}. Set it to "ours"')
     adamw = _bitsandbytes(f'train.optimizer "{kind}"').optim.AdamW8bit(
         parameters, betas=betas, eps=eps, weight_decay=weight_decay, is_paged=paged)
 

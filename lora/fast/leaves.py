@@ -8,8 +8,6 @@ follow cheaply from x, gate and up. For a Llama block that is a quarter of what 
 Chen et al. 2016, arXiv:1604.06174, section 4: drop what is cheap to compute again.
 """
 
-from functools import partial
-
 import torch
 
 
@@ -75,15 +73,8 @@ def _candidates(module):
     """Yield the forwards that may compute what this module's does."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and eps and not module.weight.requires_grad:
-        yield partial(_norm, module, eps, False)
-        yield partial(_norm, module, eps, True)
+        yield lambda x: RMSNorm.apply(x, module.weight, eps, False)
+        yield lambda x: RMSNorm.apply(x, module.weight, eps, True)
     if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        yield partial(_gated, module)
-
-
-def _norm(module, eps, plus_one, x):
-    return RMSNorm.apply(x, module.weight, eps, plus_one)
-
-
-def _gated(module, x):
-    return module.down_proj(Gate.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))
+        yield lambda x: module.down_proj(
+            Gate.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))

@@ -7,6 +7,9 @@ Switch on the speed levers of the train section where the model supports them. T
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
 from .. import loss
 from ..surgery import lora_layers
 from . import flat, leaves
@@ -35,4 +38,16 @@ def choose_layout(model, s, use_attention: Callable) -> tuple[str, bool]:
     if layout == "shared" and flat.drops(model):
         print("train: with dropout no prompt is shared: every sample needs a mask of its own")
         layout = "flat"
-    return layout, s.lean_head and loss.head_is_linear(model)
+    return layout, s.lean_head and head_is_linear(model)
+
+
+def head_is_linear(model: nn.Module) -> bool:
+    """Try on four tokens whether logits are hidden W^T + bias and nothing else (no softcap, no
+    scale), as loss.LabelledCE needs."""
+    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)
+    if model.base_model is model or not isinstance(head, nn.Linear):
+        return False
+    batch = loss.Batch({"input_ids": ids[None]}, ids, ids)
+    with torch.no_grad():
+        logits = head(loss.hidden_at(model, batch)[None])[0]
+        return torch.equal(logits, loss.logits_at(model, batch))

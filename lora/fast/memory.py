@@ -19,6 +19,23 @@ from ..loss import CHUNK, Batch, ce_sum
 ROWS = 64                         # prompts that an evaluation answers at once
 
 
+def micro_batch_size(items: list[dict], s) -> int:
+    """Examples a micro-batch: as many as train.token_budget takes, or what grad_accum leaves."""
+    if s.grad_accum != "auto":
+        return -(-s.batch_size // s.grad_accum)
+    return min(s.batch_size, max(1, s.token_budget // longest(items)))
+
+
+def questions_at_once(items: list[dict], n_facts: int, n_retained: int, s) -> tuple[int, int]:
+    """(prompts that an evaluation answers in one batch, tokens of the longest with its answer)."""
+    return min(ROWS, max(8, n_facts, n_retained)), longest(items) + s.max_new_tokens
+
+
+def longest(items: list[dict]) -> int:
+    """The tokens of the longest example."""
+    return max(len(item["input_ids"]) for item in items)
+
+
 def estimate(model, probe: Batch, batch: Batch, lean: bool = True) -> dict[str, float]:
     """Return {purpose: bytes} of a step on batch. probe, a small batch of the same kind, runs once
     to count what its graph keeps for the backward pass; that grows with the number of tokens."""

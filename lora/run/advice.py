@@ -7,7 +7,11 @@ The rules come from experiments/knowledge, which takes a failed recipe apart. No
 an ablation must be able to make the mistake.
 """
 
-from ..optim import steps_of
+import math
+from collections.abc import Callable
+from os.path import commonprefix
+
+from ..optim import epochs_of
 from ..surgery import block_numbers
 
 
@@ -40,8 +44,10 @@ def sentences(settings, model, adapted: list[str], train: list[dict], val: list[
 
 
 def about_data(s, train: list[dict], val: list[dict]) -> list[str]:
-    """List what goes wrong with the examples and s, the train section, without a model."""
-    steps, notes = steps_of(s, len(train)), []
+    """List what goes wrong with examples and the train section s, whatever the model."""
+    n = len(train)
+    steps = s.max_steps or max(1, round(epochs_of(s, n) * math.ceil(n / s.batch_size)))
+    notes = []
     if steps <= s.warmup_steps:
         notes.append(f"{steps} steps are no more than the {s.warmup_steps} of the warm-up: the "
                      "learning rate never gets to its peak; more train.epochs, or "
@@ -64,6 +70,28 @@ def about_data(s, train: list[dict], val: list[dict]) -> list[str]:
         (wordings < 4, f"{wordings:.1f} wordings a fact: a fact trained in few wordings is learned "
                        "as a string of words; write at least 4"),
     ])
+
+
+def about_format(formats: dict[str, Callable], format: str, tokenizer,
+                 examples: list[dict]) -> list[str]:
+    """List where a format does not suit the model or ChatML. formats: those of dataset.py."""
+    sizes = [len(tokenizer.encode(mark, add_special_tokens=False))
+             for mark in ("<|im_start|>", "<|im_end|>")]
+    if format == "chatml" and sizes != [1, 1]:
+        return ['format is "chatml", but this model has no ChatML tokens: <|im_end|> is '
+                f'{sizes[1]} tokens it never saw end a turn. "plain" suits a base model better.']
+    bare = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    sentences = []
+    if format == "template" and sizes == [1, 1]:
+        for label, messages in (("the first example", examples[0]["messages"]),
+                                ("a dialogue without system prompt", bare)):
+            ours, theirs = ("".join(text for text, _ in write(messages, tokenizer))
+                            for write in (formats["chatml"], formats["template"]))
+            at = max(0, len(commonprefix([ours, theirs])) - 12)
+            if ours != theirs:
+                sentences.append(f"the model's template differs from plain ChatML for {label}: it "
+                                 f"renders {theirs[at:at + 90]!r}, ChatML {ours[at:at + 40]!r}")
+    return sentences
 
 
 def _true(rules):

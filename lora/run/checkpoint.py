@@ -5,13 +5,11 @@ Save and load checkpoints: all that a run needs to go on as if it had never stop
     tensors, state = load(newest("runs/demo/checkpoints"))
     runs/demo/checkpoints/000120-5f0c2b7d9a1e4c36.safetensors      step, SHA-256 of the bytes
 
-A checkpoint is written between two steps: the accumulation window is empty there, and a step that
-was cut short is repeated whole. No random state outlives a step either: order, adapters and dropout
-are drawn from seed and step, and the step gives the position in the data. tensors hold adapter,
-moments and best adapter; state holds the rest as plain JSON.
+A checkpoint is written between two steps: a step that was cut short is repeated whole. No random
+state outlives a step: order, adapters and dropout are drawn from seed and step. tensors hold
+adapter, moments and best adapter; state holds the rest as JSON.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import safetensors.torch
 import torch
 
 from .. import files
-from . import parallel
+from . import parallel, runlog
 
 
 def save(folder: Path | str, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
@@ -28,7 +26,7 @@ def save(folder: Path | str, tensors: dict[str, torch.Tensor], state: dict, keep
     with files.saving(folder):
         folder.mkdir(exist_ok=True)
     data = safetensors.torch.save(tensors, {"state": json.dumps(state)})
-    file = folder / f"{state['step']:06d}-{_digest(data)}.safetensors"
+    file = folder / f"{state['step']:06d}-{runlog.digest(data)}.safetensors"
     files.write(file, data)
     with files.saving(folder):
         ages = sorted(folder.glob("*.safetensors"), key=lambda f: (f.name[:6], f == file))
@@ -40,7 +38,7 @@ def newest(folder: Path | str) -> Path | None:
     """Return the newest whole checkpoint, or None. A damaged one is reported and renamed."""
     for file in sorted(Path(folder).glob("*.safetensors"), reverse=True):
         with files.saving(file):
-            if file.stem.partition("-")[2] == _digest(file.read_bytes()):
+            if file.stem.partition("-")[2] == runlog.digest(file.read_bytes()):
                 return file
             print(f"resume: {file} is damaged (its checksum differs); trying the one before it")
             file.rename(file.with_suffix(".damaged"))
@@ -75,10 +73,6 @@ def resume_from(folder: Path, identity: dict, force: bool) -> tuple | None:
 
 
 def differences(saved: dict, now: dict) -> list[str]:
-    """Say what differs between two flat dictionaries, a line for each key."""
+    """Say what differs between two flat dictionaries, a line a key."""
     return [f"{key}: {json.dumps(saved.get(key))} in the checkpoint, {json.dumps(now.get(key))} now"
             for key in dict.fromkeys([*saved, *now]) if saved.get(key) != now.get(key)]
-
-
-def _digest(data):
-    return hashlib.sha256(data).hexdigest()[:16]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from .. import config, files
+from .lock import locked
 
 try:
     import resource
@@ -40,18 +42,17 @@ def opened(run: str, resume: Path | None = None, rank: int = 0) -> Iterator[Path
     if not run or Path(run).name != run or run.startswith("."):
         raise ValueError(f"run: train.run is {run!r}; expected a folder name, not a path")
     folder = Path(resume or Path("runs") / run)
-    with files.locked(folder), contextlib.ExitStack() as saving:
-        saving.enter_context(files.saving(folder))
-        if folder.exists() and not resume:
-            name = f"{run}-{datetime.fromtimestamp(folder.stat().st_mtime):%Y%m%d-%H%M%S}"
-            kept, n = folder.with_name(name), 1
-            while kept.exists():
-                n += 1
-                kept = folder.with_name(f"{name}-{n}")
-            folder.rename(kept)
-            print(f"run: kept the earlier {folder} as {kept}")
-        folder.mkdir(parents=True, exist_ok=True)
-        saving.close()
+    with locked(folder):
+        with files.saving(folder):
+            if folder.exists() and not resume:
+                name = f"{run}-{datetime.fromtimestamp(folder.stat().st_mtime):%Y%m%d-%H%M%S}"
+                kept, n = folder.with_name(name), 1
+                while kept.exists():
+                    n += 1
+                    kept = folder.with_name(f"{name}-{n}")
+                folder.rename(kept)
+                print(f"run: kept the earlier {folder} as {kept}")
+            folder.mkdir(parents=True, exist_ok=True)
         yield folder
 
 
@@ -136,9 +137,12 @@ def run_info(**facts) -> dict:
         **facts}
 
 
-def data_identity(examples: tuple, tokenizer, format: str, system: tuple) -> dict:
-    """Return what tells one run's data from another's. system: what data.system_of returns."""
-    return {"system": system[0], "systems": system[1], "format": format,
+def data_identity(examples: tuple[list[dict], list[dict]], tokenizer, format: str) -> dict:
+    """Return what tells one run's data, (training, validation) examples, from another's. system is
+    the system prompt that most training examples have, or None; systems counts the different."""
+    firsts = [example["messages"][0] for example in examples[0]]
+    systems = Counter(m["content"] if m["role"] == "system" else None for m in firsts)
+    return {"system": systems.most_common(1)[0][0], "systems": len(systems), "format": format,
             "template": digest(tokenizer.chat_template or ""),
             "data": digest([e["messages"] for part in examples for e in part])}
 
@@ -157,7 +161,8 @@ def write_json(file: Path | str, value) -> None:
 
 def append(file: Path | str, line: dict) -> None:
     """Add a JSON line to a file; readers see it when this returns."""
-    files.append(file, json.dumps(line, ensure_ascii=False))
+    with files.saving(file), open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def show(line: dict) -> str:
@@ -168,15 +173,16 @@ def show(line: dict) -> str:
 
 
 def digest(value) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a text, or of a value's JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return the first 16 hex digits of the SHA-256 of bytes, a text, or a value's JSON."""
+    if not isinstance(value, bytes | str):
+        value = json.dumps(value, sort_keys=True)
+    data = value if isinstance(value, bytes) else value.encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def digest_file(file: Path | str) -> str:
     """Return the same of a file's bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    return digest(Path(file).read_bytes())
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -10,44 +10,46 @@ Progress records and says what is due. It computes nothing.
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .. import files
+from .. import config, files
 from . import checkpoint, parallel, runlog
 
+SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "first")
 
+
+@dataclass
 class Progress:
-    """The state of a run. With the optimizer it is what a checkpoint holds.
+    """The state of a run. With the optimizer, what is SAVED is what a checkpoint holds."""
 
-    Args:
-        folder: the run's folder, runs/NAME.
-        plan: (epoch, indices of examples) of each step.
-        s: the train section of the configuration.
-        batches: how examples become batches; its size is part of the state.
-        save: writes the adapter to a folder of this name in the run's folder.
-        rank: the sort key of an evaluation's line; smaller is better.
-        eval_every: steps between evaluations; 0 for none.
-        identity: what a resumed run must have in common with this one.
-    """
+    folder: Path                  # the run's, runs/NAME
+    plan: list                    # (epoch, indices of examples) of each step
+    s: config.TrainConfig
+    batches: Callable             # from examples to batches; its size is part of the state
+    save: Callable                # writes the adapter to a folder of this name in the run's folder
+    rank: Callable                # the sort key of an evaluation's line; smaller is better
+    eval_every: int               # steps between evaluations; 0 for none
+    identity: dict                # what a resumed run must have in common with this one
+    step: int = 0
+    seen: int = 0                 # tokens
+    stale: int = 0                # evaluations since the best one
+    seconds: float = 0.0          # training time without evaluations
+    sums: list = field(default_factory=list)          # (ce, hits, tokens) of the epoch's steps
+    best: dict | None = None      # the best evaluation's line
+    best_weights: list = field(default_factory=list)
+    before: list | None = None    # answers of the untouched model
+    first: dict | None = None     # metrics of the untouched model
 
-    SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "first")
-
-    def __init__(self, folder: Path, plan: list, s, *, batches, save: Callable, rank: Callable,
-                 eval_every: int, identity: dict):
-        self.folder, self.plan, self.s, self.batches = folder, plan, s, batches
-        self.save, self.rank, self.eval_every, self.identity = save, rank, eval_every, identity
-        self.metrics = folder / "metrics.jsonl"
-        self.step = self.seen = self.stale = 0        # stale: evaluations since the best one
-        self.seconds = 0.0                            # training time without evaluations
-        self.sums, self.best = [], None               # sums: (ce, hits, tokens) of epoch's steps
-        self.before = self.first = None               # answers and metrics of the untouched model
-        self.best_weights = []
-        self.bar = tqdm(total=len(plan), unit="step", dynamic_ncols=True,
+    def __post_init__(self):
+        self.metrics = self.folder / "metrics.jsonl"
+        self.bar = tqdm(total=len(self.plan), unit="step", dynamic_ncols=True,
                         disable=True if parallel.rank() else None)
 
     # ----- begin, go on, end
@@ -55,7 +57,7 @@ class Progress:
     def begin(self, exam, optimizer, saved: tuple | None) -> None:
         """Measure the untouched model, or restore a checkpoint: (tensors, state)."""
         if saved:
-            self.restore(saved, optimizer)
+            self._restore(saved, optimizer)
         else:
             self.metrics.unlink(missing_ok=True)
             self.before, self.first = exam.answers(), exam(0)
@@ -69,19 +71,21 @@ class Progress:
         """Write a checkpoint and delete the oldest."""
         files.sync(self.metrics)
         best = {f"best.{i}": p for i, p in enumerate(self.best_weights)}
-        state = {key: getattr(self, key) for key in self.SAVED}
+        state = {key: getattr(self, key) for key in SAVED}
         checkpoint.save(self.folder / "checkpoints", {**optimizer.tensors(), **best},
                         {**state, "size": self.batches.size, "identity": self.identity,
                          "metrics": self.metrics.stat().st_size}, self.s.checkpoints_kept)
 
-    def restore(self, saved: tuple, optimizer) -> None:
+    def _restore(self, saved, optimizer):
         """Go back to a checkpoint: this object, optimizer, metrics.jsonl and adapter/."""
         tensors, state = saved
-        for key in self.SAVED:
+        for key in SAVED:
             setattr(self, key, state[key])
         self.batches.size = min(self.batches.size, state["size"])
-        files.cut(self.metrics, state["metrics"])
-        self.metrics.touch()
+        with files.saving(self.metrics):
+            self.metrics.touch()
+            if self.metrics.stat().st_size > state["metrics"]:
+                os.truncate(self.metrics, state["metrics"])
         n_best = sum(key.startswith("best.") for key in tensors)
         self.best_weights = [tensors[f"best.{i}"] for i in range(n_best)]
         if self.best_weights:                         # adapter/ may be newer than the checkpoint
@@ -117,24 +121,23 @@ class Progress:
     @property
     def ended(self) -> bool:
         """All steps are done, or train.patience has run out."""
-        return self.last or 0 < self.s.patience <= self.stale
+        return self._last or 0 < self.s.patience <= self.stale
 
     @property
-    def last(self) -> bool:
-        """All steps are done."""
+    def _last(self):
         return self.step >= len(self.plan)
 
-    def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the last, happens now."""
-        return self.last or self.step % every == 0
+    def _due(self, every):
+        """Whether what happens every so many steps (0: never), and at the last, happens now."""
+        return every > 0 and (self._last or self.step % every == 0)
 
     @property
     def evaluation_due(self) -> bool:
-        return self.eval_every > 0 and self.due(self.eval_every)
+        return self._due(self.eval_every)
 
     @property
     def checkpoint_due(self) -> bool:
-        return self.s.checkpoint_every > 0 and self.due(self.s.checkpoint_every)
+        return self._due(self.s.checkpoint_every)
 
     # ----- record
 
@@ -166,13 +169,13 @@ class Progress:
                 "accuracy": hits / n_tokens, "lr": lr, "grad_norm": grad_norm,
                 "tokens_per_s": self.seen / self.seconds, "seconds": self.seconds,
                 "peak_memory_gib": runlog.peak_memory_gib(device)}
-        if self.due(self.s.log_every):
+        if self._due(self.s.log_every):
             runlog.append(self.metrics, line)
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, "
                                  f"{line['tokens_per_s']:.0f} tokens/s")
         self.bar.update()
         self.sums.append((ce, hits, n_tokens))
-        if self.last or self.plan[self.step][0] != epoch:
+        if self._last or self.plan[self.step][0] != epoch:
             ce, hits, n_tokens = map(sum, zip(*self.sums, strict=True))
             line = {"step": self.step, "epoch": epoch + 1, "epoch_loss": ce / n_tokens,
                     "epoch_accuracy": hits / n_tokens}

@@ -22,14 +22,14 @@ from ..layer import LoRALinear
 
 class Bank:
     """adapters is {name: ({module path: LoRALinear}, {module path: its scaling})}; name and scale
-    say which one is in use."""
+    are those in use."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.adapters, self.name, self.scale = model, {}, None, 1.0
 
     def add(self, name: str, folder: Path | str) -> None:
-        """Load an adapter under a name, and leave in use what is. Raises ValueError if it does not
-        fit the base or if the name is taken."""
+        """Load an adapter under a name. ValueError if it does not fit the base, or the name is
+        taken."""
         if name in self.adapters:
             raise ValueError(f"bank: there is an adapter {name!r} already")
         with self.using(None):
@@ -53,19 +53,18 @@ class Bank:
         """Add the exact weighted sum of adapters {name: weight} under a name. Ranks are
         concatenated: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 ...] [A_1; A_2; ...].
         Interpolation from a to b is {"a": 1 - t, "b": t}."""
-        parts = {}
+        parts, mixed = {}, {}
         for other, weight in weights.items():
             layers, scaling = self.adapters[other]
             for path, layer in layers.items():
                 parts.setdefault(path, []).append((layer, weight * scaling[path]))
-        with self.using(None), torch.no_grad():
-            mixed = {}
+        with torch.no_grad():
             for path, members in parts.items():
                 r = sum(layer.r for layer, _ in members)
                 mixed[path] = new = LoRALinear(members[0][0].base_layer, r, lora_alpha=r)
                 new.lora_A.copy_(torch.cat([layer.lora_A for layer, _ in members]))
                 new.lora_B.copy_(torch.cat([w * layer.lora_B for layer, w in members], 1))
-            self.adapters[name] = mixed, {path: layer.scaling for path, layer in mixed.items()}
+        self.adapters[name] = mixed, {path: layer.scaling for path, layer in mixed.items()}
 
     @contextlib.contextmanager
     def using(self, name: str | None, scale: float = 1.0) -> Iterator[None]:

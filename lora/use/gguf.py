@@ -36,16 +36,15 @@ PROBE = ("In 2024, I'm told (WE'LL see) that 12345.678 isn't\n\n  `x_1 = y/2;`\t
 def write_lora(file: Path | str, layers: dict, config: dict) -> None:
     """Write the adapter {module path: LoRALinear} as a GGUF LoRA in float32."""
     alpha, = {layer.lora_alpha for layer in layers.values()}   # portable() makes it one
-    names = _names(config, layers)
+    matrices = {}
+    for name, place in _names(config, layers).items():
+        matrices[f"{place}.lora_a"] = layers[name].lora_A
+        matrices[f"{place}.lora_b"] = permute(name, layers[name].lora_B, config)
     writer = _writer(file, config)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    for name, layer in layers.items():
-        B = permute(name, layer.lora_B.detach(), config)
-        writer.add_tensor(f"{names[name]}.lora_a", _array(layer.lora_A.detach()))
-        writer.add_tensor(f"{names[name]}.lora_b", _array(B))
-    _finish(writer)
+    _finish(writer, matrices)
 
 
 def write_model(file: Path | str, tensors: dict[str, torch.Tensor], config: dict, tokenizer,
@@ -82,13 +81,13 @@ def write_model(file: Path | str, tensors: dict[str, torch.Tensor], config: dict
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     _tokenizer(writer, tokenizer, config["vocab_size"], chat_template)
+    stored = {}
     for name, tensor in tensors.items():
-        array = _array(permute(name, tensor.detach(), config),
-                       dtype if tensor.ndim > 1 else torch.float32)
-        if dtype == torch.float16 and tensor.ndim > 1 and tensor.abs().max() > 65504:
+        wide = tensor.ndim > 1
+        if dtype == torch.float16 and wide and tensor.abs().max() > 65504:
             raise ValueError(f"gguf: {name} does not fit into float16; write float32")
-        writer.add_tensor(names[name], array)
-    _finish(writer)
+        stored[names[name]] = permute(name, tensor, config).to(dtype if wide else torch.float32)
+    _finish(writer, stored)
 
 
 def read(file: Path | str, config: dict, modules: Iterable[str]
@@ -190,11 +189,9 @@ def _writer(file, config):
     return gguf.GGUFWriter(file, ARCHITECTURES[config["model_type"]])
 
 
-def _array(tensor, dtype=torch.float32):
-    return tensor.to("cpu", dtype).contiguous().numpy()
-
-
-def _finish(writer):
+def _finish(writer, tensors):
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.detach().cpu().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,5 @@
 """
-Who reads an adapter, and with what strength: a verdict for each reader; and the portable form of
-an adapter, which all of them read alike.
+Who reads an adapter, and with what strength; and its portable form, which all readers read alike.
 
     PEFT, transformers, vLLM   scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
     llama.cpp                  scaling = lora_alpha / r, whatever the file says of rsLoRA or modules
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from .. import adapter
-from ..surgery import lora_layers, split_path
+from .. import adapter, files
+from ..surgery import block_numbers, lora_layers, split_path
 from .gguf import ARCHITECTURES
 
 LOADS, OTHER, REFUSED = "loads", "loads with another strength", "refused"
@@ -115,9 +115,8 @@ def portable(model: torch.nn.Module) -> None:
             if not math.isclose(factor, 1, rel_tol=1e-12):
                 B.mul_(factor)
             if layer.r < r:
-                zeros = A.new_zeros(r - layer.r, len(B) + A.shape[1])
-                layer.lora_A = torch.nn.Parameter(torch.cat([A, zeros[:, len(B):]]))
-                layer.lora_B = torch.nn.Parameter(torch.cat([B, zeros[:, :len(B)].T], 1))
+                layer.lora_A = torch.nn.Parameter(F.pad(A, (0, 0, 0, r - layer.r)))
+                layer.lora_B = torch.nn.Parameter(F.pad(B, (0, r - layer.r)))
             layer.r, layer.lora_alpha, layer.use_rslora = r, lora_alpha, False
             layer.scaling = lora_alpha / r
 
@@ -125,34 +124,29 @@ def portable(model: torch.nn.Module) -> None:
 def save_mlx(model: torch.nn.Module, folder: Path, base_name: str) -> None:
     """Write a portable adapter as mlx-lm lays it out: y = W x + scale (x lora_a) lora_b, with
     lora_a (d_in, r) and lora_b (r, d_out), in the last num_layers blocks."""
-    layers, tensors, keys, first = lora_layers(model), {}, set(), model.config.num_hidden_layers
+    layers, tensors, depth = lora_layers(model), {}, model.config.num_hidden_layers
     for name, layer in layers.items():
         tensors[f"{name}.lora_a"] = layer.lora_A.detach().cpu().T.contiguous()
         tensors[f"{name}.lora_b"] = layer.lora_B.detach().cpu().T.contiguous()
-        block, inside = split_path(name)                      # 3, "mlp.up_proj"
-        keys.add(inside)
-        first = first if block is None else min(first, block)
     config = {
         "fine_tune_type": "lora", "model": base_name,
-        "num_layers": model.config.num_hidden_layers - first,
+        "num_layers": depth - min(block_numbers(layers), default=depth),
         "lora_parameters": {"rank": layer.r, "scale": layer.scaling, "dropout": layer.dropout.p,
-                            "keys": sorted(keys)}}
+                            "keys": sorted({split_path(name)[1] for name in layers})}}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    files.write(folder / adapter.CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_mlx(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Read (config, tensors) that save_mlx wrote."""
-    text = (folder / "adapter_config.json").read_text(encoding="utf-8")
-    return json.loads(text), load_file(folder / "adapters.safetensors")
+    return files.read_json(folder / adapter.CONFIG), load_file(folder / "adapters.safetensors")
 
 
 def _more(config, shapes):
     """The names of what an adapter holds besides plain A and B."""
-    rest = [key for key in shapes
-            if not re.search(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)$", key)]
+    plain = r"\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)$"
+    rest = [key for key in shapes if not re.search(plain, key)]
     kinds = {"DoRA magnitudes": ({"use_dora"}, "lora_magnitude_vector"),
              "biases": ({"bias", "lora_bias"}, ".bias"),
              "full weights": ({"modules_to_save"}, ".weight")}

@@ -1,7 +1,7 @@
 """
-A comparison as files to read: report.html for a browser, report.md for a text viewer or a review,
-report.json for programs. report.html beside this file is the template of the page: it needs no
-network, and no text of a dialogue can become markup in it.
+A comparison as files to read: report.html for a browser, report.md for a text viewer, report.json
+for programs. report.html beside this file is the template of the page: it needs no network, and no
+text of a dialogue can become markup in it.
 """
 
 import json
@@ -40,28 +40,27 @@ def markdown(report: dict) -> str:
     parts = [f"# {cell(report['title'])}", cell(report["claim"]),
              table(["setting", "value"], report["head"]),
              "## Metrics", table(["metric", *labels.values()], metrics, right=True)]
-    if matrix := report.get("matrix"):
+    if matrix := report["matrix"]:
+        nats = [[row["label"], *(f"{nll:.3f}" for nll in nlls)]
+                for row, nlls in zip(matrix["rows"], matrix["nll"], strict=True)]
         parts += ["## NLL per character of each persona's real replies",
-                  table(["model", *matrix["personas"]], [
-                      [row["label"], *(f"{nll:.3f}" for nll in nlls)]
-                      for row, nlls in zip(matrix["rows"], matrix["nll"], strict=True)],
-                        right=True)]
-        share = {"digits": 0, "percent": True}
+                  table(["model", *matrix["personas"]], nats, right=True)]
         for who, key in (("adapters", "accuracy"), ("system prompts", "prompted_accuracy")):
-            if matrix.get(key):
-                parts.append(f"Personas identified by the {who}: {estimate(matrix[key], share)}")
-    if report.get("moved"):
-        parts += ["## Words that moved most", table(["model", "more often", "less often"], [
-            [labels.get(m["column"], m["column"]),
-             *(", ".join(f"{word} ({score:.1f})" for word, score in m[way])
-               for way in ("more", "less"))] for m in report["moved"]])]
+            if matrix[key]:
+                share = estimate(matrix[key], {"digits": 0, "percent": True})
+                parts.append(f"Personas identified by the {who}: {share}")
+    if report["moved"]:
+        moved = [[labels[m["column"]], *(", ".join(f"{word} ({z:.1f})" for word, z in m[way])
+                                         for way in ("more", "less"))] for m in report["moved"]]
+        parts += ["## Words that moved most", table(["model", "more often", "less often"], moved)]
     parts.append(f"## Prompts, answered {cell(report['decodings'][0])}")
     for number, prompt in enumerate(report["prompts"], 1):
-        heads, cells = list(labels.values()), [_first(prompt["answers"].get(id)) for id in labels]
-        if prompt.get("gold") is not None:
+        heads = [*labels.values()]
+        cells = [_first(prompt["answers"].get(id)) for id in labels]
+        if prompt["gold"] is not None:
             heads.append("real reply")
             cells.append(prompt["gold"])
-        about = " · ".join(filter(None, (prompt["category"], prompt.get("theme"), prompt["id"])))
+        about = " · ".join(filter(None, (prompt["category"], prompt["theme"], prompt["id"])))
         parts += [f"### {number}. {cell(about)}",
                   table(["", "text"], [[m["role"], m["content"]] for m in prompt["messages"]]),
                   table(heads, [cells])]

@@ -1,5 +1,5 @@
 """
-What can be measured on texts without a judge: repetition, copying, echo, diversity.
+What can be measured on texts without a judge: repetition, copying, echo, diversity; and how sure.
 
 A word is a run of letters and digits; every Chinese, Japanese or Korean character is one by itself.
 Definitions follow the literature where it has them: distinct-n (Li et al. 2016, arXiv:1510.03055,
@@ -12,12 +12,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
-from itertools import chain, islice
+from itertools import chain
+from os.path import commonprefix
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’][^\W_]+)*")
+PHRASES = Path(__file__).with_name("breaks.txt").read_text(encoding="utf-8").splitlines()
+BREAKS = re.compile("|".join(PHRASES), re.I)
 
 
 def words(text: str) -> list[str]:
@@ -27,26 +31,23 @@ def words(text: str) -> list[str]:
 
 def ngrams(items: list, n: int) -> list[tuple]:
     """All runs of n neighbours, in order."""
-    return list(zip(*(islice(items, i, None) for i in range(n)), strict=False))
+    return list(zip(*(items[i:] for i in range(n)), strict=False))
 
 
-# ----- one text ----------------------------------------------------------------------------------
-
-
-def rep(text: str, n: int = 4) -> float:
-    """The share of a text's n-grams of words that stand earlier in it, 0 to 1."""
-    grams = ngrams(words(text), n)
+def rep(text: str) -> float:
+    """rep-4: the share of a text's runs of 4 words that stand earlier in it, 0 to 1."""
+    grams = ngrams(words(text), 4)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def loops(text: str, longest: int = 16) -> list[tuple[int, int]]:
-    """[(start, end)] of the places where the same n words follow each other three times or more (a
-    single word: four times), as character offsets."""
+def loops(text: str) -> list[tuple[int, int]]:
+    """[(start, end)] of the places where the same n <= 16 words follow each other three times or
+    more (a single word: four times), as character offsets."""
     places, spans = [(m.start(), m.end()) for m in WORD.finditer(text)], []
     tokens, i = words(text), 0
     while i < len(tokens):
         end = i
-        for n in range(1, longest + 1):
+        for n in range(1, 17):
             same = 0
             while i + n + same < len(tokens) and tokens[i + n + same] == tokens[i + same]:
                 same += 1
@@ -66,30 +67,16 @@ def echo(prompt: str, answer: str) -> float:
     return match.find_longest_match().size / len(answer)
 
 
-BREAKS = re.compile("|".join((
-    r"\bas an? (?:AI|artificial|language model|chatbot|virtual)\b",
-    r"\bI(?:'m| am) (?:just |only )?an? (?:AI|artificial|language model|chatbot|virtual)\b",
-    r"\b(?:developed|created|trained|made) by (?:OpenAI|Hugging ?Face|Google|Anthropic|Meta)\b",
-    r"\b(?:ChatGPT|SmolLM|Qwen|GPT-\d)",
-    r"\bI(?:'m sorry, but I)? (?:cannot|can't) (?:assist|help with that|fulfil)",
-    "作为(?:一个)?(?:AI|人工智能|语言模型|助手)",
-    "我是(?:一个)?(?:AI|人工智能|语言模型|通义|智能助手)", "由(?:OpenAI|阿里)")), re.I)
-
-
 def breaks(text: str) -> list[str]:
     """The phrases in which a text leaves its character: "as an AI", a vendor's name, ..."""
     return [match[0] for match in BREAKS.finditer(text)]
 
 
-# ----- a text against others ---------------------------------------------------------------------
-
-
 class Copies:
-    """Finds stretches of a text that stand in one of the sources {name: text}, character by
-    character: Copies(sources).of(text). Blocks of half the size are indexed, without overlap: a
-    common stretch of the full size contains a whole one."""
+    """Finds stretches of a text that stand in one of the sources {name: text}. Blocks of half the
+    size are indexed, without overlap: a common stretch of the full size contains a whole one."""
 
-    def __init__(self, sources: dict[str, str], size: int = 20):
+    def __init__(self, sources: dict[str, str], size: int):
         self.sources, self.size, self.block = sources, size, size // 2
         self.index = {}
         for name, text in sources.items():
@@ -103,17 +90,21 @@ class Copies:
         for i in range(len(text) - self.block + 1):
             best = (0, 0, None)
             for name, at in self.index.get(text[i:i + self.block], ()):
-                source, a, b, n = self.sources[name], i, at, self.block
-                while a > 0 and b > 0 and text[a - 1] == source[b - 1]:
-                    a, b, n = a - 1, b - 1, n + 1
-                while a + n < len(text) and b + n < len(source) and text[a + n] == source[b + n]:
-                    n += 1
-                if n > best[1] - best[0]:
-                    best = (a, a + n, name)
+                source = self.sources[name]
+                start = i - len(commonprefix([text[:i][::-1], source[:at][::-1]]))
+                end = i + len(commonprefix([text[i:], source[at:]]))
+                if end - start > best[1] - best[0]:
+                    best = (start, end, name)
             if best[1] - best[0] >= self.size and best[1] > done:
                 stretches = [s for s in stretches if s[0] < best[0]] + [best]
                 done = best[1]
         return stretches
+
+
+def jaccard(a: set, b: set) -> float:
+    """The share of the members of two sets that both have; 0 for two empty ones."""
+    both = len(a & b)
+    return both / (len(a) + len(b) - both or 1)
 
 
 def near_duplicates(texts: list[str], threshold: float = 0.6, n: int = 3, first: bool = False
@@ -130,15 +121,10 @@ def near_duplicates(texts: list[str], threshold: float = 0.6, n: int = 3, first:
     for j, mine in enumerate(sets):
         rare = sorted(mine, key=lambda gram: (count[gram], gram))
         rare = rare[:len(rare) - math.ceil(threshold * len(rare)) + 1]
-        alike = []
-        for i in sorted({i for gram in rare for i in index.get(gram, ())}):
-            both = len(mine & sets[i])
-            similarity = both / (len(mine) + len(sets[i]) - both)
-            if similarity >= threshold:
-                alike.append((i, j, similarity))
-                if first:
-                    break
-        pairs += alike
+        near = sorted({i for gram in rare for i in index.get(gram, ())})
+        alike = [(i, j, jaccard(mine, sets[i])) for i in near
+                 if jaccard(mine, sets[i]) >= threshold]
+        pairs += alike[:1] if first else alike
         if not (first and alike):
             for gram in rare:
                 index.setdefault(gram, []).append(j)
@@ -148,47 +134,36 @@ def near_duplicates(texts: list[str], threshold: float = 0.6, n: int = 3, first:
 def shared_ngrams(texts: list[str], others: list[str], n: int = 8) -> list[tuple[int, str]]:
     """[(index of the text, n-gram)]: the first run of n words a text shares with the others."""
     known = {gram for other in others for gram in ngrams(words(other), n)}
-    shared = []
-    for i, text in enumerate(texts):
-        hits = [gram for gram in ngrams(words(text), n) if gram in known]
-        if hits:
-            shared.append((i, " ".join(hits[0])))
-    return shared
-
-
-# ----- many texts --------------------------------------------------------------------------------
+    hits = [[gram for gram in ngrams(words(text), n) if gram in known] for text in texts]
+    return [(i, " ".join(grams[0])) for i, grams in enumerate(hits) if grams]
 
 
 def distinct(texts: list[str], n: int, limit: int | None = None) -> float:
     """distinct-n: different n-grams / n-grams, over the first limit words of all texts. It falls
     as texts grow, so compare with the same limit."""
-    grams = ngrams(list(islice(chain.from_iterable(map(words, texts)), limit)), n)
+    grams = ngrams([*chain.from_iterable(map(words, texts))][:limit], n)
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def sameness(texts: list[str], n: int = 3) -> list[float]:
     """For each text the highest Jaccard similarity with another one, 0 to 1."""
     sets = [set(ngrams(words(text), n)) for text in texts]
-    return [max((len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i and a | b),
-                default=0.0) for i, a in enumerate(sets)]
+    return [max((jaccard(a, b) for j, b in enumerate(sets) if j != i), default=0.0)
+            for i, a in enumerate(sets)]
 
 
-def moved(texts: list[str], others: list[str], top: int = 12, prior: float = 0.5
-          ) -> list[tuple[str, float]]:
-    """[(word, z)]: the words that texts use more than others, and by how much: log-odds with a
-    Dirichlet prior, over their standard error (Monroe et al. 2008, Fightin' Words, section 3.5)."""
+def moved(texts: list[str], others: list[str]) -> list[tuple[str, float]]:
+    """[(word, z)]: the 12 words that texts use most above others, and by how much: log-odds with a
+    Dirichlet prior of 0.5 a word, over their standard error (Monroe et al. 2008, Fightin' Words,
+    section 3.5)."""
     a, b = (Counter(chain.from_iterable(map(words, part))) for part in (texts, others))
-    both = a + b
-    n_a, n_b, n_prior = a.total(), b.total(), prior * (len(both) + 1)
+    n_a, n_b, n_prior = a.total(), b.total(), 0.5 * (len(a + b) + 1)
 
     def z(word):
-        x, y = a[word] + prior, b[word] + prior
+        x, y = a[word] + 0.5, b[word] + 0.5
         odds = math.log(x / (n_a + n_prior - x)) - math.log(y / (n_b + n_prior - y))
         return odds / math.sqrt(1 / x + 1 / y)
-    return sorted(((word, z(word)) for word in a if z(word) > 0), key=lambda p: (-p[1], p))[:top]
-
-
-# ----- how sure ----------------------------------------------------------------------------------
+    return sorted(((word, z(word)) for word in a if z(word) > 0), key=lambda p: (-p[1], p))[:12]
 
 
 class Interval(NamedTuple):
@@ -208,14 +183,15 @@ def bootstrap(items: Iterable, statistic: Callable[[list], float] = mean, rounds
     if not items:
         return None
     seen = sorted(statistic(draw.choices(items, k=len(items))) for _ in range(rounds))
-    return Interval(statistic(items), seen[round(0.025 * (rounds - 1))],
-                    seen[round(0.975 * (rounds - 1))], len(items))
+    low, high = (seen[round(share * (rounds - 1))] for share in (0.025, 0.975))
+    return Interval(statistic(items), low, high, len(items))
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> Interval | None:
+def wilson(hits: int, n: int) -> Interval | None:
     """The Wilson score interval of a share (Wilson 1927). None for n = 0."""
     if not n:
         return None
+    z = 1.96
     p, q = hits / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + q / (4 * n))
     return Interval(p, (p + q / 2 - half) / (1 + q), (p + q / 2 + half) / (1 + q), n)
