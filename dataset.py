@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 import lora.fast.waiting  # noqa: F401
@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import data
-from lora.base import fetch, load
+from lora import config
+from lora.base import fetch, load, templates
 from lora.fast.flat import flatten
 from lora.generate import Stop
 from lora.loss import IGNORE_INDEX, Batch
@@ -79,26 +80,10 @@ def plain(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[st
 
 def template(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
     """Render with the tokenizer's chat template, so that training reads what vLLM and chat send.
-
-    The conversation rendered up to an answer shows where that answer begins. A turn that the
-    template rewrites later (Qwen3 drops its thinking) is not supervised. Raises ValueError if the
-    template refuses the messages."""
-    def text(n, prompt):
-        try:
-            return tokenizer.apply_chat_template(messages[:n], tokenize=False,
-                                                 add_generation_prompt=prompt)
-        except Exception as error:          # transformers' sandbox, or an error of the template
-            raise ValueError(f"the chat template refuses it: {error}") from error
-
-    whole, done, pieces = text(len(messages), reply), 0, []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = text(i, True), text(i + 1, False).rstrip()     # up to "...<|im_end|>"
-        if whole.startswith(start) and whole.startswith(end):
-            pieces += [(whole[done:len(start)], False), (whole[len(start):len(end)], True)]
-            done = len(end)
-    return pieces + [(whole[done:], False)]
+    Where the template rewrites earlier answers, only those that it does not are supervised."""
+    if reply:
+        return [(templates.write(messages, tokenizer, prompt=True), False)]
+    return templates.samples(messages, tokenizer)[-1]
 
 
 FORMATS = {"template": template, "chatml": chatml, "gemma": gemma, "plain": plain}
@@ -116,10 +101,7 @@ def choose_format(tokenizer, format: str = "auto") -> str:
 
 def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
            reply: bool = False) -> tuple[list[int], list[bool]]:
-    """Return (ids, mask): the token ids and, for each, whether it is supervised. They grow
-    together, a piece at a time; nothing is searched for afterwards. loss_on is "all" answers, the
-    "last" one or the whole "text". Raises ValueError if a message contains the text of a special
-    token, or if there would be two BOS tokens.
+    """Return (ids, mask) of samples(), the last one; with reply, the ids that chat sends.
 
     >>> class Letters:                    # a tokenizer: a character is a token, "." ends an answer
     ...     added_tokens_decoder, bos_token_id, eos_token = {}, None, "."
@@ -129,26 +111,77 @@ def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
     >>> "".join(chr(i) for i in ids), "".join("x" if on else "-" for on in mask)
     ('Question: Hi\\nAnswer:\\nYo.\\n', '---------------------xxx-')
     """
+    if not reply:
+        return samples(messages, tokenizer, format, loss_on)[-1]
+    _check(messages, tokenizer, format)
+    text = "".join(text for text, _ in FORMATS[format](messages, tokenizer, reply=True))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return _with_bos(ids, [False] * len(ids), tokenizer, format)
+
+
+def samples(messages: list[dict], tokenizer, format: str, loss_on: str = "all"
+            ) -> list[tuple[list[int], list[bool]]]:
+    """Return [(ids, mask)]: the token ids and, for each, whether it is supervised: "all" answers,
+    the "last" one or the whole "text". A conversation is one sample; where the template rewrites
+    earlier answers, each has a sample of its own behind exactly the prompt that chat sends there.
+    Raises ValueError if a message contains the text of a special token, or if there would be two
+    BOS tokens."""
+    _check(messages, tokenizer, format)
+    if loss_on == "text":
+        whole = "".join(text for text, _ in FORMATS[format](messages, tokenizer))
+        encoded = _encode([(whole, True)], tokenizer)
+    else:
+        conversations = (templates.samples(messages, tokenizer) if format == "template"
+                         else [FORMATS[format](messages, tokenizer)])
+        encoded = [sample for pieces in conversations for sample in _encode(pieces, tokenizer)]
+    if loss_on == "last":
+        ids, mask = encoded[-1]
+        end = max((t + 1 for t, on in enumerate(mask) if on), default=0)
+        start = max((t + 1 for t, on in enumerate(mask[:end]) if not on), default=0)
+        encoded = [(ids, [start <= t < end for t in range(len(ids))])]
+    return [_with_bos(ids, mask, tokenizer, format) for ids, mask in encoded]
+
+
+def _check(messages, tokenizer, format):
+    """Raise ValueError for a special token in a message, and for tool calls without a template."""
     for i, message in enumerate(messages, 1):
-        for token in tokenizer.encode(message["content"], add_special_tokens=False):
+        for token in tokenizer.encode(message.get("content") or "", add_special_tokens=False):
             if token in special_ids(tokenizer):
                 raise ValueError(f"message {i} contains {tokenizer.decode([token])}, a special "
                                  "token of this model")
-    pieces = FORMATS[format](messages, tokenizer, reply)
-    spoken = [i for i, (_, supervised) in enumerate(pieces) if supervised]
-    keep = {"last": spoken[-1:], "text": range(len(pieces))}.get(loss_on, spoken)
+        if format != "template" and (message["role"] == "tool" or "tool_calls" in message):
+            raise ValueError(f'format "{format}" writes no tool calls; a chat template may')
 
-    bos, ids, mask, text = tokenizer.bos_token_id, [], [], ""
+
+def _encode(pieces, tokenizer):
+    """Return [(ids, mask)] of a text in pieces: the ids of the whole text, if the text up to each
+    answer's start and end has the same alone. SentencePiece writes another first token for a piece
+    than inside a text. Where the ids differ, every answer is a sample behind the prompt's ids."""
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+    parts = [("".join(text for text, _ in group), on)
+             for on, group in groupby(pieces, key=lambda piece: piece[1])]
+    whole = encode("".join(text for text, _ in parts))
+    alone = [encode(part) for part, _ in parts]
+    if [token for ids in alone for token in ids] == whole:
+        return [(whole, [on for ids, (_, on) in zip(alone, parts, strict=True) for _ in ids])]
+    text, mask, apart, whole_fits = "", [], [], True
+    for part, on in parts:
+        start, text = encode(text), text + part
+        ids = encode(text)
+        if on:
+            answer = ids[len(start):] if ids[:len(start)] == start else encode(part)
+            apart.append((start + answer, [False] * len(start) + [True] * len(answer)))
+        whole_fits = whole_fits and ids == whole[:len(ids)]
+        mask += [on] * (len(ids) - len(mask))
+    return [(whole, mask)] if whole_fits else apart
+
+
+def _with_bos(ids, mask, tokenizer, format):
+    """Return (ids, mask), with a BOS token where the format writes none and the model wants it."""
+    bos = tokenizer.bos_token_id
     if format != "template" and bos is not None and bos in tokenizer("a").input_ids[:1]:
-        ids, mask = [bos], [False]                         # a template writes its own BOS
-    for i, (piece, _) in enumerate(pieces):
-        text += piece
-        if i not in spoken and i + 1 < len(pieces) and i + 1 not in spoken:
-            continue                                       # what lies between answers is one text
-        new = tokenizer.encode(text, add_special_tokens=False)
-        ids += new
-        mask += [i in keep] * len(new)
-        text = ""
+        ids, mask = [bos, *ids], [False, *mask]            # a template writes its own BOS
     if bos is not None and ids[:2] == [bos, bos]:
         raise ValueError("the text starts with two BOS tokens: the chat template adds one more")
     return ids, mask
@@ -160,26 +193,22 @@ def special_ids(tokenizer) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def stop_of(tokenizer, format: str) -> Stop:
-    """Return what ends an answer in this format, for generate(), as a rendered probe shows it.
-    Raises ValueError if nothing does."""
+def end_of_answer(tokenizer, format: str) -> str:
+    """Return the text that ends an answer in this format. Raises ValueError if nothing does."""
+    if format == "template":
+        return templates.frame(tokenizer).end
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     pieces = FORMATS[format](probe, tokenizer)
-    end = next(text for text, supervised in pieces if supervised).rpartition("ANSWER")[2]
+    return next(text for text, supervised in pieces if supervised).rpartition("ANSWER")[2]
+
+
+def stop_of(tokenizer, format: str) -> Stop:
+    """Return what ends an answer in this format, for generate()."""
+    end, eos = end_of_answer(tokenizer, format), {tokenizer.eos_token_id} - {None}
     ids = tokenizer.encode(end, add_special_tokens=False)
-    if len(ids) == 1:
-        return Stop(frozenset({*ids, tokenizer.eos_token_id}))
-    if not end:
-        raise ValueError("dataset: the chat template ends an answer with nothing the model could "
-                         'learn to stop at; set dataset.format to "plain".')
-    return Stop(frozenset({tokenizer.eos_token_id}), end, tokenizer.decode)
-
-
-def end_of_answer(messages: list[dict], tokenizer, format: str) -> int:
-    """Return the index in the rendered ids where the last answer ends and its stop begins."""
-    _, mask = render(messages, tokenizer, format, "last")
-    stop = tokenizer.encode(stop_of(tokenizer, format).text, add_special_tokens=False)
-    return max([t + 1 for t, on in enumerate(mask) if on], default=0) - max(1, len(stop))
+    if len(ids) == 1 or ids[-1] in special_ids(tokenizer):
+        return Stop(frozenset({ids[-1], *eos}))
+    return Stop(frozenset(eos), end, tokenizer.decode)
 
 
 # ----- examples in tensors -----------------------------------------------------------------------
@@ -190,56 +219,64 @@ class QADataset:
 
     labels repeats input_ids where the loss counts and holds IGNORE_INDEX elsewhere. An example
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
-    its system prompt, never a part of an answer). .dropped, .cut and .rewritten (by the template)
-    hold sources. An example with "open" was broken off: what ends its last answer is no label.
-    Raises ValueError that names every example without anything to learn from."""
+    its system prompt, never a part of an answer). examples are those with an item: one each, or one
+    for each answer (see samples()). An example with "open" was broken off: what ends its last
+    answer is no label. Raises ValueError that names the examples with nothing to learn from."""
 
     def __init__(self, examples: list[dict], tokenizer, format: str = "auto", *,
                  max_length: int = 512, too_long: str = "drop", loss_on: str = "all"):
         self.tokenizer, self.format = tokenizer, choose_format(tokenizer, format)
         self.max_length, self.too_long, self.loss_on = max_length, too_long, loss_on
-        self.items, self.dropped, self.cut, self.rewritten = [], [], [], []
-        problems = []
+        self.items, self.examples = [], []
+        self.dropped, self.cut, self.split, self.left_out = [], [], [], []
+        problems = {}
         for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
             try:
-                messages, ids, mask = self._shortened(example["messages"])
+                self._add(example)
             except ValueError as error:
-                problems.append(f"{example['source']}: {error}")
-                continue
-            if len(ids) > max_length:
-                self.dropped.append(example["source"])
-            elif not self._add(example, messages, ids, mask):
-                problems.append(f"{example['source']}: no supervised token: nothing to learn from")
+                problems.setdefault(str(error), []).append(example["source"])
         if not self.items and not problems:
-            problems.append(f"no example fits in max_length={max_length}; raise dataset.max_length")
+            problems[f"no example fits in max_length={max_length}; raise dataset.max_length"] = []
         if problems:
-            raise ValueError("\n".join(f"dataset: {p}" for p in problems))
+            raise ValueError("\n".join(
+                f"dataset: {listed(sources)}: {problem}" if sources else f"dataset: {problem}"
+                for problem, sources in problems.items()))
         self.stop = stop_of(tokenizer, self.format)
 
-    def _shortened(self, messages):
-        """Return (messages, ids, mask), with too_long="cut" without the oldest turns."""
+    def _add(self, example):
+        """Append the samples of an example that fit; note what does not, or is not trained."""
+        messages, source = example["messages"], example["source"]
         first, can_cut = int(messages[0]["role"] == "system"), self.too_long == "cut"
-        ids, mask = render(messages, self.tokenizer, self.format, self.loss_on)
-        while can_cut and len(ids) > self.max_length and len(messages) >= first + 4:
+        found = samples(messages, self.tokenizer, self.format, self.loss_on)
+        while can_cut and len(found[-1][0]) > self.max_length and len(messages) >= first + 4:
             messages = messages[:first] + messages[first + 2:]
-            ids, mask = render(messages, self.tokenizer, self.format, self.loss_on)
-        return messages, ids, mask
-
-    def _add(self, example, messages, ids, mask):
-        """Append an item; return whether it has any label to learn from."""
-        if messages is not example["messages"]:
-            self.cut.append(example["source"])
+            found = samples(messages, self.tokenizer, self.format, self.loss_on)
+        written = "".join("".join(self.tokenizer.decode(ids) for ids, _ in found).split())
+        if any("".join((m.get("content") or "").split()) not in written for m in messages):
+            self.left_out.append(source)
+        if len(found) > 1:
+            self.split.append(source)
         if example.get("open"):                                # its end is unknown: no label
-            end = end_of_answer(messages, self.tokenizer, self.format)
-            mask = [on and t < end for t, on in enumerate(mask)]
-        n_answers = sum(message["role"] == "assistant" for message in messages)
-        n_starts = sum(on and not before for before, on in pairwise(mask))
-        if n_starts < {"last": 1, "text": 0}.get(self.loss_on, n_answers):
-            self.rewritten.append(example["source"])
-        labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
-        self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
-                           "source": example["source"], "example": example})
-        return any(mask[1:])
+            found[-1] = self._without_end(messages, *found[-1])
+        if not all(any(mask[1:]) for _, mask in found):
+            raise ValueError("no supervised token: nothing to learn from")
+        fits = [(ids, mask) for ids, mask in found if len(ids) <= self.max_length]
+        self.dropped += [source] * (len(found) - len(fits))
+        self.examples += [example] if fits else []
+        if fits and messages is not example["messages"]:
+            self.cut.append(source)
+        for ids, mask in fits:
+            labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
+            self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
+                               "source": source, "example": example})
+
+    def _without_end(self, messages, ids, mask):
+        """A sample without labels from where its last answer's end begins."""
+        _, last = render(messages, self.tokenizer, self.format, "last")
+        end = self.tokenizer.encode(end_of_answer(self.tokenizer, self.format),
+                                    add_special_tokens=False)
+        stop = max((t + 1 for t, on in enumerate(last) if on), default=0) - len(end)
+        return ids, [on and t < stop for t, on in enumerate(mask)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -247,13 +284,34 @@ class QADataset:
     def __getitem__(self, i: int) -> dict:
         return self.items[i]
 
-    def left_out(self) -> list[str]:
-        """Return sentences about the examples that were dropped, cut, or only partly supervised."""
+    def notes(self) -> list[str]:
+        """Return sentences about what was dropped, cut, split, or is not in the text."""
+        with_system = [e["source"] for e in self.examples if e["messages"][0]["role"] == "system"]
+        in_user = self.format == "template" and templates.has_no_system_turn(self.tokenizer)
+        eos_ends = [e["source"] for e in self.examples if self.format == "template"
+                    and not templates.frame(self.tokenizer).known]
         kinds = (("dropped: longer than max_length", self.dropped),
                  ("cut to max_length, oldest turns first", self.cut),
-                 ("with answers the template rewrites: not supervised", self.rewritten))
-        return [f"{len(sources)} {what}: {', '.join(sources[:5])}"
-                + (", ..." if len(sources) > 5 else "") for what, sources in kinds if sources]
+                 ("with a sample for each answer: the chat template rewrites earlier ones",
+                  self.split),
+                 ("with text that the chat template does not write", self.left_out),
+                 ("whose system prompt begins the first user's turn: the chat template has no turn "
+                  "for it", with_system if in_user else []),
+                 (f"whose answers end in {self.tokenizer.eos_token}, the end of text: the chat "
+                  "template writes no other end", eos_ends))
+        return [f"{len(sources)} {what}: {listed(sources)}" for what, sources in kinds if sources]
+
+
+def listed(sources: list[str], n: int = 5) -> str:
+    """List n sources: "a.jsonl:1, a.jsonl:2 and 7 more"."""
+    more = f" and {len(sources) - n} more" if len(sources) > n else ""
+    return ", ".join(sources[:n]) + more
+
+
+def tokenise(examples: list[dict], tokenizer, s: config.DatasetConfig) -> QADataset:
+    """Return the QADataset that the dataset section of config.json describes."""
+    return QADataset(examples, tokenizer, s.format, max_length=s.max_length, too_long=s.too_long,
+                     loss_on=s.loss_on)
 
 
 def collate(items: list[dict], pad_id: int, device="cpu") -> Batch:
@@ -349,10 +407,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--html", metavar="PAGE", help="write them to an HTML page")
     options = parser.parse_args(argv)
     settings = cli.settings_of(options)
-    tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
-                                    settings.model.trust_remote_code)
+    tokenizer = load.configured_tokenizer(fetch.find(settings.model.name), settings)
     examples, _ = data.load(**asdict(settings.data), seed=settings.train.seed)
-    dataset = QADataset(examples[:options.n], tokenizer, **asdict(settings.dataset))
+    dataset = tokenise(examples[:options.n], tokenizer, settings.dataset)
     if options.html:
         Path(options.html).write_text(show.page(dataset.items, tokenizer), encoding="utf-8")
         print(f"dataset: {len(dataset)} examples -> {options.html}")

@@ -75,15 +75,16 @@ class Voice:
 
     def nll(self, examples: list[dict], batch_size: int = 8) -> list[float]:
         """The negative log-likelihood of each example's answers and what ends them, in nats."""
+        examples = [{**example} for example in examples]      # each with an id of its own
         tokenised = dataset.QADataset(examples, self.tokenizer, self.format, max_length=10**6)
         by_length = sorted(range(len(tokenised)), key=lambda i: len(tokenised[i]["input_ids"]))
-        nats = [0.0] * len(tokenised)
+        nats = {id(example): 0.0 for example in examples}
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start:start + batch_size]
             batch = dataset.collate([tokenised[i] for i in rows], 0, self.model.device)
             for i, value in zip(rows, loss.ce_rows(self.model, batch).tolist(), strict=True):
-                nats[i] = value
-        return nats
+                nats[id(tokenised[i]["example"])] += value
+        return list(nats.values())
 
 
 @torch.no_grad()
@@ -200,8 +201,7 @@ class Exam:
 
 def held_out_facts(val_set) -> list[dict]:
     """The validation examples with a value to look for in the answer."""
-    return [item["example"] for item in (val_set.items if val_set else [])
-            if "value" in item["example"]]
+    return [example for example in (val_set.examples if val_set else []) if "value" in example]
 
 
 def chooses_by_recall(best_by: str, n_facts: int) -> bool:
@@ -218,8 +218,8 @@ def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
     if wanted:
         return [e["messages"] for e in
                 data.with_system(wanted, settings.data.system, settings.train.seed)]
-    stride = math.ceil(len(some_set) / n)
-    return [item["example"]["messages"][:-1] for item in some_set.items[::stride]]
+    stride = math.ceil(len(some_set.examples) / n)
+    return [example["messages"][:-1] for example in some_set.examples[::stride]]
 
 
 if __name__ == "__main__":

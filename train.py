@@ -15,7 +15,8 @@ metrics.jsonl, loss.png, samples.md, config.json (complete), run.json, checkpoin
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from functools import partial
 
 import lora.fast.waiting  # noqa: F401
@@ -27,7 +28,7 @@ import dataset
 import keep
 from inject import find_blocks, inject, report
 from lora import adapter, config, loss, surgery
-from lora.base import fetch, load, quant
+from lora.base import fetch, load, quant, templates
 from lora.fast import levers, memory
 from lora.optim import AdamW, epochs_of, lr_at
 from lora.run import advice, card, checkpoint, cli, parallel, runlog
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     folder_or_id = parallel.from_first(
         fetch.find(settings.model.name) if parallel.rank() == 0 else None)
     base_name = fetch.public_name(settings.model.name)
-    tokenizer = load.load_tokenizer(folder_or_id, settings.model.trust_remote_code)
+    tokenizer, settings = load_tokenizer(folder_or_id, settings)
     examples = data.load(**asdict(settings.data), seed=s.seed)
     train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
     val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
@@ -178,16 +179,26 @@ def parse(argv: list[str]) -> tuple:
     return cli.settings_of(options), resume, options.force
 
 
+def load_tokenizer(folder_or_id: str, settings) -> tuple:
+    """(the tokenizer, the settings): a chat template that prints today's date prints the run's."""
+    tokenizer = load.configured_tokenizer(folder_or_id, settings)
+    if templates.prints_date(tokenizer):
+        day = parallel.from_first(str(date.today()))
+        templates.pin_date(tokenizer, day)
+        settings = replace(settings, dataset=replace(settings.dataset, date=day))
+    return tokenizer, settings
+
+
 def tokenise(examples: list[dict], tokenizer, s, label: str) -> dataset.QADataset | None:
     """The QADataset of some examples, with a line about what was left out; None without any."""
     if not examples:
         return None
-    tokenised = dataset.QADataset(examples, tokenizer, **asdict(s))
+    tokenised = dataset.tokenise(examples, tokenizer, s)
     n_tokens = sum(len(item["input_ids"]) for item in tokenised.items)
     n_supervised = sum(x != loss.IGNORE_INDEX for item in tokenised.items for x in item["labels"])
     print(f"dataset: {len(tokenised)} {label} examples, {n_tokens:,} tokens, "
           f"{n_supervised / n_tokens:.0%} supervised")
-    for note in tokenised.left_out():
+    for note in tokenised.notes():
         print(f"dataset: {note}")
     return tokenised
 

@@ -61,6 +61,8 @@ class DatasetConfig:
     loss_on: Literal["all", "last", "text"] = "all"  # answers, the last answer; text: prompts too
     max_length: int = 512  # tokens an example may have
     too_long: Literal["drop", "cut"] = "drop"  # cut: leave out the oldest turns, never the answer
+    template_vars: dict | None = None  # variables of the chat template: {"enable_thinking": false}
+    date: str | None = None  # today in a template that prints it; null: the day the run starts
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ RANGES = {  # the numbers a setting may have: from the first to the second, both
 
 RUN = re.compile(r"\w[\w .,+=@-]{0,59}(?<![. ])")     # a folder's name on every system, no path
 
+DAY = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+
 ELSEWHERE = {  # what other trainers call a setting
     "rank": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
     "load_in_4bit": "model.quant", "load_in_8bit": "model.quant", "optim": "train.optimizer",
@@ -200,6 +204,8 @@ def _expected(full, value, hint) -> str:
     if re.search("[\0\ud800-\udfff]", "".join(map(str, value)) if isinstance(value, list)
                  else str(value)):
         return "no NUL and no half of a surrogate pair"
+    if full == "dataset.date" and value and not re.fullmatch(DAY, value):
+        return "a day, as 2026-01-31"
     if full == "data.system" and re.fullmatch(r"\S+\.txt", str(value)):
         return "" if os.path.isfile(value) else "a text, or a .txt file that exists"
     return ""
@@ -262,7 +268,7 @@ def type_in_words(hint) -> str:
         size = "" if inside[-1] is Ellipsis else f" of {len(inside)}"
         return f"a list{size}, each {type_in_words(inside[0])}"
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false",
-            types.NoneType: "null"}[hint]
+            dict: "an object", types.NoneType: "null"}[hint]
 
 
 def _show(value):

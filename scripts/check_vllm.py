@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
     runs = runs_of_one_server(args.runs)
     settings = runs[0].settings
     line = command(args.vllm, fetch.find(settings.model.name), runs, args.dtype)
-    tokenizer = load.load_tokenizer(line[2])
+    tokenizer = load.load_tokenizer(line[2], variables=settings.dataset.template_vars,
+                                    day=settings.dataset.date)
     format = dataset.choose_format(tokenizer, settings.dataset.format)
     stop = dataset.stop_of(tokenizer, format)
 

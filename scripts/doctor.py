@@ -8,6 +8,7 @@ Check the data before training on it: counts, lengths, masks, duplicates, leaks.
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from statistics import median
 
 import data
@@ -21,12 +22,11 @@ from lora.use.text import near_duplicates, words
 
 def main(argv: list[str]) -> int:
     settings = cli.take_config(argv, __doc__, file=True)
-    tokenizer = load.load_tokenizer(fetch.find(settings.model.name),
-                                    settings.model.trust_remote_code)
+    tokenizer = load.configured_tokenizer(fetch.find(settings.model.name), settings)
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
-    tokenised = dataset.QADataset(train + val, tokenizer, **asdict(settings.dataset))
+    tokenised = dataset.tokenise(train + val, tokenizer, settings.dataset)
     print(f"\ndoctor: {settings.model.name}, format {tokenised.format}: {len(train)} training and "
-          f"{len(val)} validation examples")
+          f"{len(val)} validation examples, {count_answers(tokenised)} answers")
     histogram([len(item["input_ids"]) for item in tokenised.items])
     levels = []
     for level, what, sources in [*check_texts(train, val), *check_tokens(tokenised, tokenizer)]:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         levels.append("warn")
         print(f"  warn   {sentence}")
     of_format = advice.about_format(dataset.FORMATS, tokenised.format, tokenizer, train)
-    for note in [*tokenised.left_out(), *of_format]:
+    for note in [*tokenised.notes(), *of_format]:
         print(f"  note   {note}")
     print(f"\nfirst example, supervised tokens in green ({tokenised[0]['source']}):\n"
           + show.colour(tokenised[0], tokenizer))
@@ -83,16 +83,26 @@ def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str,
             endless.append(source)
         if source in tokenised.cut:
             continue                                          # fewer turns than its example has
-        prompt, _ = dataset.render(messages[:-1], tokenizer, tokenised.format, reply=True)
-        if ids[:len(prompt)] != prompt or item["labels"][len(prompt)] == IGNORE_INDEX:
+        start = max(t for t, label in enumerate(item["labels"]) if label != IGNORE_INDEX
+                    and item["labels"][t - 1] == IGNORE_INDEX)            # of the last answer
+        prompts = [dataset.render(messages[:i], tokenizer, tokenised.format, reply=True)[0]
+                   for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if tokenised.loss_on != "text" and ids[:start] not in prompts:
             different.append(source)
-        elif tokenised.format == "template" and prompt != tokenizer.apply_chat_template(
-                messages[:-1], add_generation_prompt=True, return_dict=False):
+        elif tokenised.format == "template" and prompts[-1] != tokenizer.apply_chat_template(
+                messages[:-1], add_generation_prompt=True, return_dict=False,
+                tools=messages[0].get("tools")):
             elsewhere.append(source)
     yield "ERROR", "answers end without a supervised stop token", endless
     yield "ERROR", "examples do not start with the prompt that chat sends", different
     yield "warn", ("prompts become other tokens on other servers (white space around an earlier "
                    "answer)"), elsewhere
+
+
+def count_answers(tokenised: dataset.QADataset) -> int:
+    """The answers that are trained: stretches of labels."""
+    return sum(label != IGNORE_INDEX and before == IGNORE_INDEX for item in tokenised.items
+               for before, label in pairwise([IGNORE_INDEX, *item["labels"]]))
 
 
 def histogram(lengths: list[int], bars: int = 8, width: int = 40) -> None:

@@ -133,7 +133,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def load_job(run: runlog.Run, folder: Path | str, options: argparse.Namespace, out: Path) -> Job:
     """Load base and adapter, note the logits as trained, and make the adapter portable."""
     name, base_name, format = run.settings.model.name, run.info["base_model"], run.info["format"]
-    tokenizer = load.load_tokenizer(folder)
+    s = run.settings.dataset
+    tokenizer = load.load_tokenizer(folder, variables=s.template_vars, day=s.date)
     model = load.load_model(folder, torch.device("cpu"), torch.float32)
     notes = base_notes(run, model)
     adapter.load(model, run.adapter)

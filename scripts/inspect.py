@@ -164,8 +164,8 @@ def ledger(voices: Voices, run: runlog.Run, examples: list[dict]) -> dict:
     Of two answers to one prompt, at most one has that at a time. forgotten: learned once, but at
     the end at most half as probable as at its best.
     """
-    tokenised = dataset.QADataset(examples, voices.tokenizer, **asdict(run.settings.dataset))
-    for note in tokenised.left_out():
+    tokenised = dataset.tokenise(examples, voices.tokenizer, run.settings.dataset)
+    for note in tokenised.notes():
         print(f"dataset: {note}")
     rows = sorted(tokenised.items, key=lambda item: len(item["input_ids"]))
     tokens = torch.tensor([sum(x != loss.IGNORE_INDEX for x in row["labels"]) for row in rows])

@@ -42,14 +42,16 @@ class Voices:
         self.device = load.pick_device(settings.device if device == "auto" else device)
         self.dtype = load.pick_dtype(settings.dtype if dtype == "auto" else dtype, self.device)
         self.quant = settings.quant if dtype == "auto" else "none"
-        self.tokenizer = load.load_tokenizer(self.folder)     # never code that a run asks for
+        self.tokenizers = {run.name: tokenizer_of(run, self.folder) for run in runs}
+        self.tokenizer = self.tokenizers[runs[0].name]        # the base's
         self.model = load.load_model(self.folder, "cpu", self.dtype)
         weights = load.fingerprint(self.model)
         quant.quantise(self.model, self.quant, self.device)
         self.bank = Bank(self.model)
         for run in runs:
             self.bank.add(run.name, run.adapter)
-        self.checks = {run.name: checks(run, self.tokenizer, weights, self.quant) for run in runs}
+        self.checks = {run.name: checks(run, self.tokenizers[run.name], weights, self.quant)
+                       for run in runs}
         self.problems = [f"{name}: {what}: {problem}" for name, pairs in self.checks.items()
                          for what, problem in pairs if problem]
 
@@ -63,7 +65,8 @@ class Voices:
 
     def voice(self, name: str | None, format: str | None = None) -> Voice:
         """The model in the format of a run, with the adapter that the bank has in use."""
-        return Voice(self.model, self.tokenizer, format or self.format(name))
+        tokenizer = self.tokenizers.get(name, self.tokenizer)
+        return Voice(self.model, tokenizer, format or self.format(name))
 
     def ask(self, prompts: list[list[Message]], name: str | None, format: str | None = None, *,
             scale: float = 1.0, min_words: int = 0, on_text: Callable | None = None,
@@ -102,6 +105,12 @@ def is_cjk(messages: list[Message]) -> bool:
     """Whether the last message is in Chinese, Japanese or Korean."""
     words = text.words(messages[-1]["content"])
     return sum(len(w) == 1 and w > "\u3040" for w in words) > len(words) / 2
+
+
+def tokenizer_of(run: runlog.Run, folder: Path | str):
+    """The base's tokenizer with the template as the run had it; never code that a run asks for."""
+    s = run.settings.dataset
+    return load.load_tokenizer(folder, variables=s.template_vars, day=s.date)
 
 
 def checks(run: runlog.Run, tokenizer, weights: str, quant: str) -> list[tuple[str, str]]:

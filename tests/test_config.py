@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
-from dataset import QADataset
 from inject import inject
 from lora import config
 from lora.layer import LoRALinear
@@ -323,8 +322,8 @@ def parameters(*functions):
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
-TAKEN = {"lora": parameters(inject, LoRALinear), "data": parameters(data.load),
-         "dataset": parameters(QADataset)}     # train.py passes these sections on as **asdict
+TAKEN = {"lora": parameters(inject, LoRALinear),     # train.py passes these sections on as **asdict
+         "data": parameters(data.load)}
 SOURCES = "\n".join(file.read_text(encoding="utf-8") for pattern in (
     "*.py", "lora/**/*.py", "scripts/*.py", "plots/*.py")
     for file in ROOT.glob(pattern) if file.name != "config.py")

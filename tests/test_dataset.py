@@ -155,9 +155,15 @@ def test_notes_say_where_the_template_is_not_chatml(tokenizer, base_tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_counted():
     tokenizer = make_tokenizer(QWEN3)
     made = QADataset([example("a", "one", "b", "two", source="q:1"), example("a", "b")], tokenizer)
-    assert made.rewritten == ["q:1"]
-    ids, mask = render(made[0]["example"]["messages"], tokenizer, "template")
-    assert spoken(ids, mask, tokenizer) == ["<think>\n\n</think>\n\ntwo<|im_end|>"]
+    assert made.split == ["q:1"] and len(made) == 3 and len(made.examples) == 2
+    assert "1 with a sample for each answer: the chat template rewrites earlier ones: q:1" in (
+        made.notes())
+    messages = made.examples[0]["messages"]
+    for (ids, mask), n, answer in zip(dataset.samples(messages, tokenizer, "template"), (1, 3),
+                                      ("one", "two"), strict=True):
+        assert spoken(ids, mask, tokenizer) == [f"<think>\n\n</think>\n\n{answer}<|im_end|>"]
+        prompt, _ = render(messages[:n], tokenizer, "template", reply=True)
+        assert ids[:len(prompt)] == prompt and mask.index(True) == len(prompt)
 
 
 def test_a_special_token_inside_a_message_is_refused(tokenizer):
@@ -173,7 +179,7 @@ def test_a_template_that_refuses_is_named():
 
 def test_a_template_that_hides_answers_leaves_nothing_to_learn():
     tokenizer = make_tokenizer("{% for m in messages %}{{ loop.length }}{% endfor %}")
-    with pytest.raises(ValueError, match="here:1: no supervised token"):
+    with pytest.raises(ValueError, match="here:1: the chat template does not write the answer"):
         QADataset([example("hi", "yo")], tokenizer)
 
 
@@ -183,7 +189,7 @@ def test_an_answer_is_never_cut(tokenizer):
     full = len(render(long["messages"], tokenizer, "template")[0])
     dropped = QADataset([long, short], tokenizer, max_length=full - 1)
     assert dropped.dropped == ["long:1"] and len(dropped) == 1
-    assert "1 dropped: longer than max_length: long:1" in dropped.left_out()
+    assert "1 dropped: longer than max_length: long:1" in dropped.notes()
     cut = QADataset([long, short], tokenizer, max_length=full - 1, too_long="cut")
     assert cut.cut == ["long:1"] and len(cut) == 2
     ids = list(cut[0]["input_ids"])
@@ -228,8 +234,12 @@ def test_stop(kind, ids, text):
     assert stop.ids == set(tokenizer.convert_tokens_to_ids(sorted(ids))) and stop.text == text
 
 
-def test_a_template_without_a_stop_token_is_refused():
+def test_a_template_that_ends_no_answer_ends_it_in_the_end_of_text():
     tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
+    made = QADataset([example("hi", "yo")], tokenizer)
+    assert spoken(*render(talk("hi", "yo"), tokenizer, "template"), tokenizer) == ["yo<|im_end|>"]
+    assert any("the chat template writes no other end: here:1" in note for note in made.notes())
+    tokenizer.eos_token = None
     with pytest.raises(ValueError, match="ends an answer with nothing the model could learn"):
         dataset.stop_of(tokenizer, "template")
 
@@ -253,7 +263,7 @@ def test_loss_on_text_supervises_every_token_but_the_first(kind):
     ids = made[0]["input_ids"]
     assert dataset.collate(made.items, 0).targets.tolist() == list(ids)[1:]
     assert list(ids) == render(dialogue["messages"], tokenizer, format)[0]
-    assert made.rewritten == []
+    assert made.split == []
 
 
 def test_with_loss_on_text_a_bos_is_no_label():

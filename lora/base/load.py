@@ -17,7 +17,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.masking_utils import sdpa_mask
 
+from .. import config
 from ..files import stay_inside
+from . import templates
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -49,11 +51,23 @@ def fast_bfloat16(device: torch.device) -> bool:
         for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False,
+                   variables: dict | None = None, day: str | None = None
                    ) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub id. Raises ValueError if there is none."""
+    """Load the tokenizer of a model folder or hub id, and prepare its chat template (see
+    templates.py for variables and day). Raises ValueError if there is none."""
     with _readable_errors(name):
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code)
+    templates.prepare(tokenizer, variables, day)
+    return tokenizer
+
+
+def configured_tokenizer(name: str | Path, settings: config.Config
+                         ) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer as a configuration says."""
+    return load_tokenizer(name, settings.model.trust_remote_code, settings.dataset.template_vars,
+                          settings.dataset.date)
 
 
 def load_model(name: str | Path, device: torch.device | str, dtype: torch.dtype,

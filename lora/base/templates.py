@@ -1,0 +1,223 @@
+"""
+What a chat template writes: its prompts, its answers, and what ends them.
+
+    notes = prepare(tokenizer, {"enable_thinking": False}, "2026-11-25")   # once, after loading
+    for pieces in samples(messages, tokenizer): ...     # [("<|im_start|>user...", False), ...]
+
+Templates differ: some rewrite earlier answers, some begin an answer in the prompt, some end it only
+when another turn follows. So every answer stands behind exactly the prompt that chat sends at its
+place, and it ends in what chat stops at.
+"""
+
+import re
+from datetime import date
+from functools import lru_cache
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+SYSTEM, USER, ANSWER = "SYSTEMTEXT", "USERTEXT", "ANSWERTEXT"
+MARKED = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
+IN_USER = (  # in front of a template without a system turn: the text begins the first user's turn
+    "{% if messages and messages[0]['role'] == 'system' %}{% set messages = [{'role': 'user', "
+    "'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}"
+    "{% endif %}")
+OPEN_THOUGHT = re.compile(r"[<\[](?!/)\S*(think|thought|reason)\S*[>\]]\s*$", re.I)
+IN_PARTS = (  # in front of a template that reads a list of parts
+    "{% set as_parts = namespace(list=[]) %}{% for m in messages %}{% set as_parts.list = "
+    "as_parts.list + [{'role': m['role'], 'content': [{'type': 'text', 'text': m['content']}]}] %}"
+    "{% endfor %}{% set messages = as_parts.list %}")
+
+
+def write(messages: list[dict], tokenizer, prompt: bool = False) -> str:
+    """Render messages with the tokenizer's template; with prompt, up to where the next answer
+    begins. The first message may carry the conversation's "tools". Raises ValueError if the
+    template refuses the messages."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt,
+                                             tools=messages[0].get("tools"))
+    except Exception as error:              # transformers' sandbox, or an error of the template
+        raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+# ----- once, after loading -----------------------------------------------------------------------
+
+
+def prepare(tokenizer, variables: dict[str, Any] | None = None, day: str | None = None) -> None:
+    """Rewrite the tokenizer's template so that all its readers get the same text: of several named
+    templates the default one, variables set, today's date that of day ("2026-11-25"), a content
+    as a list of parts where it reads parts alone, a system prompt in the first user's turn where it
+    has no turn of its own. Raises ValueError if the template does not read a variable."""
+    if isinstance(tokenizer.chat_template, dict):
+        names = tokenizer.chat_template
+        tokenizer.chat_template = names.get("default") or next(iter(names.values()))
+    if not tokenizer.chat_template:
+        if variables:
+            raise ValueError("dataset.template_vars: this model has no chat template")
+        return
+    text = tokenizer.chat_template
+    if unread := [name for name in variables or {}
+                  if not (name.isidentifier() and re.search(rf"\b{name}\b", text))]:
+        known = sorted({*re.findall(r"(\w+) is (?:not )?defined", text)} - {"tools"})
+        raise ValueError(f"dataset.template_vars: the chat template does not read "
+                         f"{', '.join(unread)}; it reads {', '.join(known) or 'none'}")
+    tokenizer.chat_template = "".join(
+        f"{{% set {name} = {value!r} %}}" for name, value in (variables or {}).items()
+    ) + text
+    if day:
+        pin_date(tokenizer, day)
+    if USER not in _try(MARKED, tokenizer):
+        before = tokenizer.chat_template
+        tokenizer.chat_template = IN_PARTS + before
+        if USER not in _try(MARKED, tokenizer):
+            tokenizer.chat_template = before
+    with_system = [{"role": "system", "content": SYSTEM}, *MARKED]
+    if USER in _try(MARKED, tokenizer) and SYSTEM not in _try(with_system, tokenizer):
+        tokenizer.chat_template = IN_USER + tokenizer.chat_template
+
+
+def has_no_system_turn(tokenizer) -> bool:
+    """Whether prepare() puts system prompts into the first user's turn."""
+    return tokenizer.chat_template.startswith(IN_USER)
+
+
+def prints_date(tokenizer) -> bool:
+    """Whether the template prints today's date."""
+    return "strftime_now(" in (tokenizer.chat_template or "")
+
+
+def pin_date(tokenizer, day: str) -> None:
+    """Let the template print the date of a day, "2026-11-25", for today's."""
+    today = date.fromisoformat(day)
+    tokenizer.chat_template = re.sub(
+        r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
+        lambda call: repr(today.strftime(call[2])), tokenizer.chat_template)
+
+
+def _try(messages, tokenizer):
+    """The rendered text, "" where the template refuses the messages."""
+    try:
+        return write(messages, tokenizer)
+    except ValueError:
+        return ""
+
+
+# ----- what stands around an answer --------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """What a template writes around an answer."""
+
+    before: str                   # between the prompt and the answer: "<think>\n\n</think>\n\n"
+    end: str                      # what ends it: "<|im_end|>"
+    known: bool                   # False: the template writes no end; it is the eos token
+
+
+def frame(tokenizer) -> Frame:
+    """Look with probes of one turn and of two at what stands around an answer. Raises ValueError if
+    nothing could end it."""
+    return _frame(tokenizer, tokenizer.chat_template, tokenizer.eos_token)
+
+
+@lru_cache
+def _frame(tokenizer, template, eos):
+    other = [{"role": "user", "content": "NEXTTEXT"}, {"role": "assistant", "content": "LASTTEXT"}]
+    one, two = write(MARKED, tokenizer), _try([*MARKED, *other], tokenizer)
+    prompt = write(MARKED[:1], tokenizer, prompt=True)
+    tail = one.rpartition(ANSWER)[2] if ANSWER in one else ""
+    gap = two.partition(ANSWER)[2].partition("NEXTTEXT")[0]
+    before = ""
+    if one.startswith(prompt) and ANSWER in one[len(prompt):]:
+        before = one[len(prompt):].partition(ANSWER)[0]
+    specials = special_texts(tokenizer)
+    for text in (commonprefix([tail, gap]), tail, gap):
+        places = [(text.find(token), token) for token in specials if token in text]
+        if places:
+            at, token = min(places, key=lambda place: (place[0], -len(place[1])))
+            if not text[:at].strip():
+                return Frame(before, text[:at] + token, True)
+    for text in (commonprefix([tail, gap]), tail):
+        if text.strip() and len(text.split()) < 8:    # more is the text of a classifier
+            return Frame(before, text.rstrip(), True)
+    if not eos:
+        raise ValueError("dataset: the chat template ends an answer with nothing the model could "
+                         'learn to stop at; set dataset.format to "plain".')
+    return Frame(before, eos, False)
+
+
+def special_texts(tokenizer) -> set[str]:
+    """The texts of all control tokens, named (eos, ...) or not."""
+    texts = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return texts | ({tokenizer.eos_token} if tokenizer.eos_token else set())
+
+
+def shown(text: str, tokenizer) -> str:
+    """An answer without what the template itself writes in front of it: an empty thought, the name
+    of a channel; a thought that the model wrote there goes too."""
+    marks = re.findall(r"<[^<>\n]+>|\[[^\[\]\n]+\]", frame(tokenizer).before)
+    return text.rpartition(marks[-1])[2] if marks else text
+
+
+# ----- samples -----------------------------------------------------------------------------------
+
+Pieces = list[tuple[str, bool]]                       # [(text, supervised)]: joined, what is read
+
+
+def samples(messages: list[dict], tokenizer) -> list[Pieces]:
+    """Return what is trained of a conversation: samples in pieces.
+
+    An answer follows the prompt that chat sends at its place. Answers stand in one sample where the
+    template writes the earlier ones as it wrote them first; where it rewrites them (Qwen3 drops
+    thoughts), each has its own. Raises ValueError if an answer cannot follow its prompt.
+    """
+    answers = [(i, *answer(messages, i, tokenizer)) for i, m in enumerate(messages)
+               if m["role"] == "assistant"]
+    whole, found, left = write(messages, tokenizer), [], list(answers)
+    while left:
+        _, prompt, body, end = left[-1]
+        text, pieces, done = prompt + body + end, [], 0
+        if len(left) == len(answers) and whole.startswith(text):
+            text = whole                              # with what follows the last answer
+        alone = []
+        for one in left:
+            _, prompt, body, end = one
+            if text.startswith(prompt + body + end) and len(prompt) >= done:
+                pieces += [(text[done:len(prompt)], False), (body + end, True)]
+                done = len(prompt + body + end)
+            else:
+                alone.append(one)
+        pieces.append((text[done:], False))
+        found.insert(0, pieces)
+        left = alone
+    return found
+
+
+def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
+    """Return (prompt, answer, end) of message i: the texts that chat sends, that the model learns,
+    and that stop it. Raises ValueError if the template begins the answer in a way that the message
+    does not go on."""
+    around = frame(tokenizer)
+    prompt = write(messages[:i], tokenizer, prompt=True)
+    history = write(messages[:i + 1], tokenizer)
+    content = (messages[i].get("content") or "").strip()
+    if history.startswith(prompt):
+        rest = history[len(prompt):]
+        at = rest.find(content, len(around.before) if rest.startswith(around.before) else 0)
+        at = rest.find(around.end, max(0, at) + len(content) if at >= 0 else 0)
+        return prompt, (rest[:at] if at >= 0 else rest.rstrip()) or content, around.end
+    common = len(commonprefix([prompt, history]))
+    begun, written = prompt[common:], history[common:]
+    thought = OPEN_THOUGHT.search(begun)
+    if thought and content.startswith(thought[0].strip()):
+        return prompt, content[len(thought[0].strip()):].lstrip("\n"), around.end
+    if thought:
+        raise ValueError(
+            f"the prompt ends in {begun[-40:]!r}, where the history holds {written[:40]!r}: the "
+            f"model begins with a thought, and the answer has none. Write it into the data, "
+            f"{thought[0].strip()}...; or switch thoughts off with dataset.template_vars")
+    if content not in written:                        # its visible part alone, behind a thought
+        visible = written.partition(around.end)[0].strip()
+        if visible and content.endswith(visible):
+            return prompt, visible, around.end
+        raise ValueError(f"the chat template does not write the answer {content[:40]!r}; the "
+                         f"prompt ends in {begun[-40:]!r}, the history holds {written[:40]!r}")
+    return prompt, content, around.end
