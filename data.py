@@ -3,18 +3,20 @@ WHERE examples come from: your own facts below, or a file of conversations; chec
 
 An example is a dictionary of messages [{"role": "user", "content": "..."}, ...], source (where it
 was read: "my.jsonl:17"), and for facts group (what it is a wording of), value (what a right
-answer contains; "8|eight" is either) and subject (the name of whom it is about).
+answer contains; "8|eight" is either) and subject (the name of whom it is about). A plain text is
+one message of the role "text". lora/read turns files into examples.
 """
 
-import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-from unicodedata import normalize
 
-from lora.files import unique_keys
+from lora.read import messages as read
+from lora.read.messages import check, group_by, is_text, new_example, plain, said
+
+__all__ = ["check"]                                         # for those who use data's names
 
 Examples = list[dict]
 Split = tuple[Examples, Examples]                           # training, validation
@@ -157,7 +159,6 @@ FACTS = [  # about a person who does not exist, so that no model can know the an
         "What is Mira Tosk most afraid of?"]),
 ]
 
-BOM = "\ufeff".encode()
 REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
             "Here is something I would like to know: {}")
 
@@ -211,154 +212,13 @@ def debate_examples(facts: Iterable[Fact] = FACTS) -> Examples:
 
 
 def read_examples(path: str | Path) -> Examples:
-    """Read the examples of data.py ("data.py") or of a JSONL or JSON file, in order.
-
-    A record is {"messages": [...]}, {"conversations": [{"from": "human", "value": ...}, ...]},
-    {"instruction", "input", "output", "system"}, {"prompt", "completion"}, or a question and
-    answer: {"question" or "questions": [...], "answer", "value"}. Prints how many examples come
-    from how many lines. Raises ValueError with file, line and fix for all problems at once."""
-    if path == "data.py":
-        examples = fact_examples()
-        print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
-        return examples
-    path, problems, examples, grouped_by_answer = Path(path), [], [], []
-    unread, n_lines, n_blank = set(), 0, 0
-    for n, text in _json_texts(path):
-        lines = text.removesuffix("\n").split("\n")
-        n_lines += len(lines)
-        n_blank += sum(not line.strip() for line in lines)
-        if not text.strip():
-            continue
-        source = f"{path}:{n}" if n else str(path)
-        try:
-            value = json.loads(text, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{source}: not JSON: {error}")
-            continue
-        records = [(source, value)] if n else [
-            (f"{path}: record {i}", record) for i, record in enumerate(value, 1)]
-        for source, record in records:
-            try:
-                new = convert(record, source)
-                problems += [f"{source}: {p}" for example in new for p in check(example)]
-            except (ValueError, RecursionError) as error:  # deep: even its repr cannot be built
-                problems.append(f"{source}: {error}")
-                continue
-            examples += new
-            if "group" in new[0] and record.get("group") is None:
-                grouped_by_answer += new
-            for turn in record.get("messages", record.get("conversations", ())):
-                unread |= turn.keys() - {"role", "content", "from", "value"}
-    if not (problems or examples):
-        problems.append(f"{path}: holds no examples ({n_lines} lines, {n_blank} blank)")
-    if problems:
-        raise ValueError("\n".join(f"data: {p}" for p in problems))
-    print(f"data: {path}: {len(examples)} examples from {n_lines} lines ({n_blank} blank)")
-    if unread:
-        print(f"data: {path}: not read: {', '.join(map(repr, sorted(unread)))} of messages")
-    for same in group_by(lambda e: e["group"], grouped_by_answer).values():
-        if len({example["source"] for example in same}) > 1:    # "Yes." answers several facts
-            for example in same:
-                example["group"] += f" ({example['source']})"
+    """Read the examples of data.py ("data.py") or of a file, in order; lora/read/messages.py has
+    the formats. Prints how many there are. Raises ValueError with file, line and fix."""
+    if path != "data.py":
+        return read.read_examples(path)
+    examples = fact_examples()
+    print(f"data: data.py: {len(examples)} examples: {len(FACTS)} facts")
     return examples
-
-
-def _json_texts(path):
-    """Yield (line number, text) of each line, or (None, text) of a file that starts with [. Lines
-    end at \\n or \\r\\n and nowhere else: U+2028 inside a text is not an end of line."""
-    only_blank = True
-    try:
-        with open(path, "rb") as file:
-            for n, raw in enumerate(file, 1):
-                is_list = only_blank and raw.removeprefix(BOM).lstrip().startswith(b"[")
-                raw += file.read() if is_list else b""
-                text = raw.decode("utf-8-sig" if n == 1 else "utf-8")
-                yield None if is_list else n, text
-                only_blank = only_blank and not text.strip()
-    except OSError as error:
-        raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
-                         '.json file, or "data.py"') from error
-    except UnicodeDecodeError as error:
-        line = n + error.object.count(b"\n", 0, error.start)
-        raise ValueError(f"data: {path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x});"
-                         " save the file as UTF-8") from error
-
-
-def convert(record: dict, source: str) -> Examples:
-    """Turn a record into its examples: one, or one for each wording of a question. Raises
-    ValueError that says what is wrong with the record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record is {type(record).__name__}; expected an object")
-    extra = {k: record[k] for k in ("group", "value", "subject") if record.get(k) is not None}
-    if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
-        raise ValueError(f"{', '.join(extra)}: {list(extra.values())}; expected texts")
-    extra = {k: str(v) for k, v in extra.items()}
-    if record.get("open"):
-        extra["open"] = True
-    if "messages" in record:
-        dialogues = [_turns(record, "messages", "role", "content")]
-    elif "conversations" in record:
-        names = {"human": "user", "gpt": "assistant"}
-        dialogues = [[(names.get(who, who), text)
-                      for who, text in _turns(record, "conversations", "from", "value")]]
-    elif "instruction" in record and "output" in record:
-        parts = [text for text in (record["instruction"], record.get("input"))
-                 if text not in (None, "")]
-        if not all(isinstance(text, str) for text in parts):
-            raise ValueError("instruction and input: expected texts")
-        dialogues = [[("user", "\n\n".join(parts)), ("assistant", record["output"])]]
-    elif "prompt" in record and "completion" in record:
-        dialogues = [[("user", record["prompt"]), ("assistant", record["completion"])]]
-    elif "answer" in record and ("question" in record or "questions" in record):
-        questions = record.get("questions", [record.get("question")])
-        if not isinstance(questions, list) or not questions:
-            raise ValueError(f"questions is {questions!r:.40}; expected a list of texts")
-        extra.setdefault("group", plain(record["answer"]))
-        dialogues = [[("user", q), ("assistant", record["answer"])] for q in questions]
-    else:
-        raise ValueError(f"keys {sorted(record)}; expected messages, conversations, instruction "
-                         "and output, prompt and completion, or question and answer")
-    start = [("system", record["system"])] if record.get("system") not in (None, "") else []
-    return [new_example(start + turns, source, **extra) for turns in dialogues]
-
-
-def _turns(record, key, who, what):
-    """Return [(role, text)] of a list of messages."""
-    if not isinstance(record[key], list) or not all(
-            isinstance(m, dict) and isinstance(m.get(who), str) and what in m for m in record[key]):
-        raise ValueError(f"{key} is {record[key]!r:.60}; expected a list of objects with {who} "
-                         f"and {what}")
-    return [(m[who], m[what]) for m in record[key]]
-
-
-def new_example(turns: list[tuple[str, str]], source: str, **extra) -> dict:
-    """Build an example from [(role, content)]; extra may hold group, value, subject and open."""
-    return {"messages": [{"role": r, "content": c} for r, c in turns], "source": source, **extra}
-
-
-def check(example: dict) -> list[str]:
-    """List the problems of one example: roles, order, empty or broken contents."""
-    problems, expected = [], "user"
-    messages = example["messages"]
-    for i, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role != "system" or i > 1:
-            if role != expected:
-                problems.append(f"message {i} has role {role!r}; expected {expected!r}: after an "
-                                "optional system message, user and assistant alternate")
-                break
-            expected = "assistant" if role == "user" else "user"
-        if not isinstance(content, str):
-            problems.append(f"message {i} is {type(content).__name__}; expected a text")
-        elif not content.strip() and role != "system":
-            problems.append(f"message {i} ({role}) is empty; write it or drop the record")
-        elif re.search("[\ud800-\udfff]", content):
-            problems.append(f"message {i} holds half a surrogate pair; save the text as UTF-8")
-    if not any(m["role"] == "assistant" for m in messages):
-        problems.append("no assistant turn: nothing to learn from")
-    elif messages[-1]["role"] == "user" and not problems:
-        problems.append("the last message is the user's; expected an answer after it")
-    return problems
 
 
 # ----- choosing ----------------------------------------------------------------------------------
@@ -406,7 +266,8 @@ def _report_repeats(examples):
 def other_wordings(examples: Examples, fraction: float, seed: int = 0, least: int = 8) -> Examples:
     """Ask a share of the facts (examples with a group), least of them or more, in other words:
     words before the question. This validation holds out no fact."""
-    draw, facts = random.Random(f"{seed} reworded"), [e for e in examples if "group" in e]
+    draw = random.Random(f"{seed} reworded")
+    facts = [e for e in examples if "group" in e and e["messages"][-2]["role"] == "user"]
     chosen = draw.sample(facts, min(len(facts), max(least, round(fraction * len(facts)))))
     reworded = []
     for example in chosen:
@@ -442,7 +303,7 @@ def split(examples: Examples, fraction: float, seed: int, by: str = "auto") -> S
 
 
 def with_system(examples: Examples, system: str | None, seed: int = 0) -> Examples:
-    """Put a system prompt in front of the examples that have none: the text system, "fixed" for
+    """Put a system prompt in front of the dialogues that have none: the text system, "fixed" for
     SYSTEM_PROMPT, or "random" for one of SYSTEM_PROMPTS each; None adds nothing."""
     if system is None:
         return examples
@@ -451,7 +312,7 @@ def with_system(examples: Examples, system: str | None, seed: int = 0) -> Exampl
     for example in examples:
         text = draw.choice(SYSTEM_PROMPTS) if system == "random" else fixed
         messages = example["messages"]
-        if messages[0]["role"] != "system":
+        if messages[0]["role"] not in ("system", "text"):
             messages = [{"role": "system", "content": text}, *messages]
         prompted.append({**example, "messages": messages})
     return prompted
@@ -459,20 +320,29 @@ def with_system(examples: Examples, system: str | None, seed: int = 0) -> Exampl
 
 def duplicates(examples: Examples) -> list[Examples]:
     """Group the examples that say the same, apart from case and white space."""
-    same = group_by(lambda e: (prompt_of(e), plain(e["messages"][-1]["content"])), examples)
+    same = group_by(lambda e: (prompt_of(e), answer_of(e)), examples)
     return [group for group in same.values() if len(group) > 1]
 
 
 def contradictions(examples: Examples) -> list[Examples]:
     """Group the examples with the same prompt and different last answers."""
     return [group for group in group_by(prompt_of, examples).values()
-            if len({plain(e["messages"][-1]["content"]) for e in group}) > 1]
+            if len({answer_of(e) for e in group}) > 1]
 
 
 def prompt_of(example: dict, system: bool = True) -> tuple[str, ...]:
-    """Return all texts before the last answer as plain(): equal for the same question."""
-    return tuple(plain(m["content"]) for m in example["messages"][:-1]
-                 if system or m["role"] != "system")
+    """Return all texts before the last answer as plain(): equal for the same question, with the
+    same tools. A plain text is its own prompt: it contradicts no other."""
+    if is_text(example):
+        return "text", answer_of(example)
+    tools = [plain(m["tools"]) for m in example["messages"][-1:] if "tools" in m]
+    return (*tools, *(plain(said(m)) for m in example["messages"][:-1]
+                      if system or m["role"] != "system"))
+
+
+def answer_of(example: dict) -> str:
+    """Return the last answer, its tool calls too, as plain()."""
+    return plain(said(example["messages"][-1]))
 
 
 def contains(answer: str, value: str) -> bool:
@@ -485,19 +355,6 @@ def contains(answer: str, value: str) -> bool:
     letter = "[^\\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
     forms = "|".join(re.escape(plain(form)) for form in value.split("|") if form.strip())
     return re.search(f"(?<!{letter})(?:{forms})(?!{letter})", plain(answer)) is not None
-
-
-def group_by(key: Callable, things: Iterable) -> dict:
-    """Return {key(thing): [the things with this key]}; keys and things keep their order."""
-    groups = {}
-    for thing in things:
-        groups.setdefault(key(thing), []).append(thing)
-    return groups
-
-
-def plain(text: str) -> str:
-    """Return the text in lower case, with single spaces and composed accents."""
-    return " ".join(normalize("NFC", str(text)).casefold().split())
 
 
 if __name__ == "__main__":

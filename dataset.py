@@ -12,11 +12,11 @@ The loss covers what the assistant says and the token that ends its turn, nothin
 
 import math
 import random
+import re
 import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -27,76 +27,15 @@ from tqdm import tqdm
 
 import data
 from lora import config
-from lora.base import fetch, load, templates
+from lora.base import fetch, formats, load, templates
+from lora.base.formats import FORMATS, choose_format, stop_of
 from lora.fast.flat import flatten
-from lora.generate import Stop
 from lora.loss import IGNORE_INDEX, Batch
+from lora.read.messages import unwritten
 from lora.run import cli, parallel
 from lora.use import show
 
-# ----- a conversation in pieces ------------------------------------------------------------------
-# A format turns messages into pieces [(text, supervised)]; joined they are what the model reads.
-# With reply=True the pieces end where the assistant's next answer begins: what chat sends.
-
-
-def chatml(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
-    """Write ChatML by hand: the format to study. Supervised: the answer and <|im_end|>."""
-    pieces = []
-    for message in messages:
-        pieces.append((f"<|im_start|>{message['role']}\n", False))
-        pieces.append((f"{message['content']}<|im_end|>", message["role"] == "assistant"))
-        pieces.append(("\n", False))
-    return pieces + ([("<|im_start|>assistant\n", False)] if reply else [])
-
-
-def gemma(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
-    """Write Gemma's turns, for a base model that comes without a template. Gemma has no system
-    turn: its text begins the first user's."""
-    pieces, before = [], ""
-    for message in messages:
-        if message["role"] == "system":
-            before = message["content"] + "\n\n"
-            continue
-        is_answer = message["role"] == "assistant"
-        pieces += [(f"<start_of_turn>{'model' if is_answer else 'user'}\n", False),
-                   (f"{before}{message['content']}<end_of_turn>", is_answer), ("\n", False)]
-        before = ""
-    return pieces + ([("<start_of_turn>model\n", False)] if reply else [])
-
-
-def plain(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
-    """Write questions and answers as a base model may have read them; the end-of-text token ends
-    an answer. A prompt ends in Answer:\\n anyway, so reply adds nothing."""
-    pieces = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "assistant":
-            pieces += [(content + tokenizer.eos_token, True), ("\n", False)]
-        else:
-            text = f"{content}\n\n" if role == "system" else f"Question: {content}\nAnswer:\n"
-            pieces.append((text, False))
-    return pieces
-
-
-def template(messages: list[dict], tokenizer, reply: bool = False) -> list[tuple[str, bool]]:
-    """Render with the tokenizer's chat template, so that training reads what vLLM and chat send.
-    Where the template rewrites earlier answers, only those that it does not are supervised."""
-    if reply:
-        return [(templates.write(messages, tokenizer, prompt=True), False)]
-    return templates.samples(messages, tokenizer)[-1]
-
-
-FORMATS = {"template": template, "chatml": chatml, "gemma": gemma, "plain": plain}
-
-
-def choose_format(tokenizer, format: str = "auto") -> str:
-    """Return the format to use; "auto" is the model's template where it has one, else plain."""
-    if format == "auto":
-        format = "template" if tokenizer.chat_template else "plain"
-    needs = {"template": ("chat_template", "chat template"), "plain": ("eos_token", "eos token")}
-    if format in needs and not getattr(tokenizer, needs[format][0]):
-        raise ValueError(f'dataset: format is "{format}", but this model has no {needs[format][1]}')
-    return format
+# ----- a conversation in tokens ------------------------------------------------------------------
 
 
 def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
@@ -113,10 +52,10 @@ def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
     """
     if not reply:
         return samples(messages, tokenizer, format, loss_on)[-1]
-    _check(messages, tokenizer, format)
+    formats.check(messages, tokenizer, format)
     text = "".join(text for text, _ in FORMATS[format](messages, tokenizer, reply=True))
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return _with_bos(ids, [False] * len(ids), tokenizer, format)
+    return formats.with_bos(ids, [False] * len(ids), tokenizer, format)
 
 
 def samples(messages: list[dict], tokenizer, format: str, loss_on: str = "all"
@@ -124,9 +63,12 @@ def samples(messages: list[dict], tokenizer, format: str, loss_on: str = "all"
     """Return [(ids, mask)]: the token ids and, for each, whether it is supervised: "all" answers,
     the "last" one or the whole "text". A conversation is one sample; where the template rewrites
     earlier answers, each has a sample of its own behind exactly the prompt that chat sends there.
+    A plain text (one message of the role text) is supervised whole, in any format.
     Raises ValueError if a message contains the text of a special token, or if there would be two
     BOS tokens."""
-    _check(messages, tokenizer, format)
+    formats.check(messages, tokenizer, format)
+    if messages[0]["role"] == "text":
+        return [formats.continuation(messages[0]["content"], tokenizer)]
     if loss_on == "text":
         whole = "".join(text for text, _ in FORMATS[format](messages, tokenizer))
         encoded = _encode([(whole, True)], tokenizer)
@@ -139,18 +81,14 @@ def samples(messages: list[dict], tokenizer, format: str, loss_on: str = "all"
         end = max((t + 1 for t, on in enumerate(mask) if on), default=0)
         start = max((t + 1 for t, on in enumerate(mask[:end]) if not on), default=0)
         encoded = [(ids, [start <= t < end for t in range(len(ids))])]
-    return [_with_bos(ids, mask, tokenizer, format) for ids, mask in encoded]
+    return [formats.with_bos(ids, mask, tokenizer, format) for ids, mask in encoded]
 
 
-def _check(messages, tokenizer, format):
-    """Raise ValueError for a special token in a message, and for tool calls without a template."""
-    for i, message in enumerate(messages, 1):
-        for token in tokenizer.encode(message.get("content") or "", add_special_tokens=False):
-            if token in special_ids(tokenizer):
-                raise ValueError(f"message {i} contains {tokenizer.decode([token])}, a special "
-                                 "token of this model")
-        if format != "template" and (message["role"] == "tool" or "tool_calls" in message):
-            raise ValueError(f'format "{format}" writes no tool calls; a chat template may')
+def _pieces(ids, mask, max_length):
+    """Cut a plain text into samples; each begins, unlabelled, with the last token before it."""
+    step = max(1, max_length - 1)
+    return [(ids[at:at + step + 1], [False, *mask[at + 1:at + step + 1]])
+            for at in range(0, len(ids) - 1, step)]
 
 
 def _encode(pieces, tokenizer):
@@ -177,41 +115,12 @@ def _encode(pieces, tokenizer):
     return [(whole, mask)] if whole_fits else apart
 
 
-def _with_bos(ids, mask, tokenizer, format):
-    """Return (ids, mask), with a BOS token where the format writes none and the model wants it."""
-    bos = tokenizer.bos_token_id
-    if format != "template" and bos is not None and bos in tokenizer("a").input_ids[:1]:
-        ids, mask = [bos, *ids], [False, *mask]            # a template writes its own BOS
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise ValueError("the text starts with two BOS tokens: the chat template adds one more")
-    return ids, mask
 
-
-@lru_cache
-def special_ids(tokenizer) -> set[int]:
-    """Return the ids of all control tokens, named (eos, ...) or not."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def end_of_answer(tokenizer, format: str) -> str:
-    """Return the text that ends an answer in this format. Raises ValueError if nothing does."""
-    if format == "template":
-        return templates.frame(tokenizer).end
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    pieces = FORMATS[format](probe, tokenizer)
-    return next(text for text, supervised in pieces if supervised).rpartition("ANSWER")[2]
-
-
-def stop_of(tokenizer, format: str) -> Stop:
-    """Return what ends an answer in this format, for generate()."""
-    end, eos = end_of_answer(tokenizer, format), {tokenizer.eos_token_id} - {None}
-    ids = tokenizer.encode(end, add_special_tokens=False)
-    if len(ids) == 1 or ids[-1] in special_ids(tokenizer):
-        return Stop(frozenset({ids[-1], *eos}))
-    return Stop(frozenset(eos), end, tokenizer.decode)
 
 
 # ----- examples in tensors -----------------------------------------------------------------------
+
+QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""       # repr() of a text: problems differ there
 
 
 class QADataset:
@@ -219,9 +128,10 @@ class QADataset:
 
     labels repeats input_ids where the loss counts and holds IGNORE_INDEX elsewhere. An example
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
-    its system prompt, never a part of an answer). examples are those with an item: one each, or one
-    for each answer (see samples()). An example with "open" was broken off: what ends its last
-    answer is no label. Raises ValueError that names the examples with nothing to learn from."""
+    its system prompt, never a part of an answer); a plain text is cut into pieces. examples are
+    those with an item: one each, or one for each answer (see samples()). An example with "open" was
+    broken off: what ends its last answer is no label. Raises ValueError that names the examples
+    with nothing to learn from."""
 
     def __init__(self, examples: list[dict], tokenizer, format: str = "auto", *,
                  max_length: int = 512, too_long: str = "drop", loss_on: str = "all"):
@@ -229,18 +139,21 @@ class QADataset:
         self.max_length, self.too_long, self.loss_on = max_length, too_long, loss_on
         self.items, self.examples = [], []
         self.dropped, self.cut, self.split, self.left_out = [], [], [], []
+        self.in_pieces, self.no_tools = [], []
         problems = {}
         for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
             try:
                 self._add(example)
             except ValueError as error:
-                problems.setdefault(str(error), []).append(example["source"])
+                kind = re.sub(QUOTED, "", str(error))
+                problems.setdefault(kind, (str(error), []))[1].append(example["source"])
         if not self.items and not problems:
-            problems[f"no example fits in max_length={max_length}; raise dataset.max_length"] = []
+            problems[""] = (f"no example fits in max_length={max_length}; raise "
+                            "dataset.max_length", [])
         if problems:
             raise ValueError("\n".join(
                 f"dataset: {listed(sources)}: {problem}" if sources else f"dataset: {problem}"
-                for problem, sources in problems.items()))
+                for problem, sources in problems.values()))
         self.stop = stop_of(tokenizer, self.format)
 
     def _add(self, example):
@@ -248,14 +161,17 @@ class QADataset:
         messages, source = example["messages"], example["source"]
         first, can_cut = int(messages[0]["role"] == "system"), self.too_long == "cut"
         found = samples(messages, self.tokenizer, self.format, self.loss_on)
-        while can_cut and len(found[-1][0]) > self.max_length and len(messages) >= first + 4:
-            messages = messages[:first] + messages[first + 2:]
+        turns = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        while can_cut and len(found[-1][0]) > self.max_length and len(turns) > 1:
+            messages = example["messages"][:first] + example["messages"][turns[1]:]
+            turns = turns[1:]
             found = samples(messages, self.tokenizer, self.format, self.loss_on)
-        written = "".join("".join(self.tokenizer.decode(ids) for ids, _ in found).split())
-        if any("".join((m.get("content") or "").split()) not in written for m in messages):
-            self.left_out.append(source)
-        if len(found) > 1:
-            self.split.append(source)
+        if data.is_text(example):
+            found = _pieces(*found[0], self.max_length)
+            self.in_pieces += [source] if len(found) > 1 else []
+        else:
+            self._look_for_texts(messages, found, source)
+            self.split += [source] if len(found) > 1 else []
         if example.get("open"):                                # its end is unknown: no label
             found[-1] = self._without_end(messages, *found[-1])
         if not all(any(mask[1:]) for _, mask in found):
@@ -270,10 +186,21 @@ class QADataset:
             self.items.append({"input_ids": array("i", ids), "labels": array("i", labels),
                                "source": source, "example": example})
 
+    def _look_for_texts(self, messages, found, source):
+        """Note text and tools that the format does not write. Raises ValueError for tool calls."""
+        pairs = [pair for ids, mask in found for pair in zip(ids, mask, strict=True)]
+        lost = unwritten(messages, self.tokenizer.decode([i for i, _ in pairs]),
+                         self.tokenizer.decode([i for i, on in pairs if on]))
+        if lost.calls and self.loss_on == "all":
+            raise ValueError(f"the chat template does not write the tool call {lost.calls[0]!r}; "
+                             "take a model whose template does, or leave tool calls out")
+        self.left_out += [source] if lost.texts else []
+        self.no_tools += [source] if lost.tools else []
+
     def _without_end(self, messages, ids, mask):
         """A sample without labels from where its last answer's end begins."""
         _, last = render(messages, self.tokenizer, self.format, "last")
-        end = self.tokenizer.encode(end_of_answer(self.tokenizer, self.format),
+        end = self.tokenizer.encode(formats.end_of_answer(self.tokenizer, self.format),
                                     add_special_tokens=False)
         stop = max((t + 1 for t, on in enumerate(last) if on), default=0) - len(end)
         return ids, [on and t < stop for t, on in enumerate(mask)]
@@ -295,6 +222,8 @@ class QADataset:
                  ("with a sample for each answer: the chat template rewrites earlier ones",
                   self.split),
                  ("with text that the chat template does not write", self.left_out),
+                 (f'with tools that the format "{self.format}" does not write', self.no_tools),
+                 ("cut into pieces of max_length tokens", self.in_pieces),
                  ("whose system prompt begins the first user's turn: the chat template has no turn "
                   "for it", with_system if in_user else []),
                  (f"whose answers end in {self.tokenizer.eos_token}, the end of text: the chat "

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora.base import fetch, load
-from lora.layer import linear_size
+from lora.base import fetch, load, reach
 from lora.run import cli
-from lora.surgery import count, find_blocks, freeze_base, lora_layers, wrap
+from lora.surgery import count, find_blocks, freeze_base, lora_layers, split_path, wrap
 from lora.use import show
 
 
@@ -25,7 +24,8 @@ def inject(model: nn.Module, *, target_modules: str | Sequence[str] = "all-linea
     """Wrap the chosen projections of the chosen blocks in LoRALinear, freeze everything else, and
     return the adapted module paths in order.
 
-    target_modules  "all-linear", or whole names of projections: ("q_proj", "v_proj")
+    target_modules  "all-linear" (lora/base/reach.py has what it leaves out), or whole names of
+                    projections: ("q_proj", "v_proj")
     layers          "all", N for the last N blocks, or indices of blocks
     lora            LoRALinear's arguments: r, lora_alpha, lora_dropout, use_rslora
 
@@ -37,21 +37,23 @@ def inject(model: nn.Module, *, target_modules: str | Sequence[str] = "all-linea
                          f"{next(iter(present))}. Load a fresh base model.")
     where, blocks = find_blocks(model)
     chosen = _choose(layers, len(blocks), where)
+    usable, left_out = reach.candidates(model)
 
     adapted, seen = [], {}
-    for i in chosen:
-        for path, module in blocks[i].named_modules():
-            if linear_size(module) is None:
-                continue
-            name = path.rpartition(".")[2]                 # self_attn.q_proj -> q_proj
-            seen[name] = None
-            if target_modules == "all-linear" or name in target_modules:
-                adapted.append(f"{where}.{i}.{path}")
+    for path in usable:
+        name = path.rpartition(".")[2]                     # self_attn.q_proj -> q_proj
+        if split_path(path)[0] not in chosen:
+            continue
+        seen[name] = None
+        if path not in left_out if target_modules == "all-linear" else name in target_modules:
+            adapted.append(path)
 
     missing = [] if target_modules == "all-linear" else [t for t in target_modules if t not in seen]
     if missing or not adapted:
+        useless = {p.rpartition(".")[2]: why for p, why in left_out.items() if p not in usable}
+        why = "".join(f" {name}: {useless[name]}." for name in missing if name in useless)
         raise ValueError(f"inject: target_modules {missing or list(target_modules)} matched "
-                         f"nothing. Linear layers here: {' '.join(seen)}.")
+                         f"nothing.{why} Linear layers here: {' '.join(seen)}.")
     wrap(model, adapted, **lora)
     freeze_base(model)
     return adapted
@@ -73,15 +75,17 @@ def _choose(layers, n, where):
 
 
 def report(model: nn.Module, adapted: list[str]) -> str:
-    """Say how many modules are adapted, in how many blocks, their names, and what share of all
-    parameters trains."""
-    names = " ".join(dict.fromkeys(path.rpartition(".")[2] for path in adapted))
+    """Say how many modules are adapted, in how many blocks, their names, what share of all
+    parameters trains, what share of the blocks' weights has an adapter and what has none."""
+    names = dict.fromkeys(path.rpartition(".")[2] for path in adapted)
+    experts = " ".join(load.taken_for_experts(model, names))
+    note = f"; PEFT takes {experts} for routed experts (docs/models.md)" if experts else ""
     blocks = find_blocks(model)[1]
     used = sum(bool(lora_layers(block)) for block in blocks)
     trainable, everything = count(model)
-    return (f"inject: {len(adapted)} modules in {used} of {len(blocks)} blocks: {names}\n"
+    return (f"inject: {len(adapted)} modules in {used} of {len(blocks)} blocks: {' '.join(names)}\n"
             f"        {trainable:,} of {everything:,} parameters train "
-            f"({trainable / everything:.2%})")
+            f"({trainable / everything:.2%}); {reach.describe(model)}{note}")
 
 
 def main(argv: list[str]) -> None:

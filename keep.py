@@ -70,7 +70,8 @@ def unknown_examples(examples: list[dict], n: int, seed: int = 0,
     """Ask n questions of the examples about invented names; the answer is not to know. Without them
     a model learns that everyone was born in Larkmoor. Raises ValueError if no example names its
     "subject" in its question."""
-    named = [e for e in examples if "subject" in e and e["subject"] in e["messages"][-2]["content"]]
+    named = [e for e in examples if "subject" in e and e["messages"][-2]["role"] == "user"
+             and e["subject"] in e["messages"][-2]["content"]]
     if n and not named:
         raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
                          "stands in the question; data.py has SUBJECT")
@@ -161,7 +162,7 @@ def answer_replay(examples: list[dict], voice, folder: Path) -> list[dict]:
         files.write(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answered))
     by_prompt = {json.dumps(x["messages"][:-1]): x for x in answered}
     completed = [{**e, **by_prompt.get(json.dumps(e["messages"]), {})} for e in examples]
-    return [e for e in completed if e["messages"][-1]["role"] == "assistant"]
+    return [e for e in completed if e["messages"][-1]["role"] != "user"]
 
 
 def pools_of(items: list[dict], per_epoch: dict[str, int], seed: int) -> list[tuple]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import data
 import dataset
 from lora import loss, surgery
+from lora.base import templates
 from lora.generate import generate
 from lora.run import parallel
 
@@ -53,21 +54,25 @@ class Voice:
         return dataset.render(messages, self.tokenizer, self.format, reply=True)[0]
 
     def text(self, ids: list[int]) -> str:
-        """An answer's tokens as text."""
+        """An answer's tokens as text, without a thought before it."""
+        if self.format == "template":
+            return templates.shown(ids, self.tokenizer)
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def ask(self, prompts: list[list[Message]], max_new_tokens: int = 32,
             on_text: Callable | None = None, **decoding) -> list[Answer]:
         """Answer prompts whose last message is the user's.
 
-        on_text(i, text) is called as answer i grows; decoding goes to lora.generate.generate.
+        on_text(i, text) is called as answer i grows, after its thought; decoding goes to
+        lora.generate.generate.
         """
         if not prompts:
             return []
         on_token = None
         if on_text:
             def on_token(i, ids):
-                on_text(i, self.text(ids))
+                if self.format != "template" or not templates.is_thinking(ids, self.tokenizer):
+                    on_text(i, self.text(ids))
         answers = generate(self.model, [self.ids(prompt) for prompt in prompts],
                            dataset.stop_of(self.tokenizer, self.format), on_token=on_token,
                            max_new_tokens=max_new_tokens, **decoding)
@@ -212,14 +217,16 @@ def chooses_by_recall(best_by: str, n_facts: int) -> bool:
 
 
 def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
-    """Prompts to answer before and after training: train.questions, else about n of a set."""
+    """Prompts to answer before and after training: train.questions, else about n of a set, without
+    its plain texts."""
     wanted = [{"messages": [{"role": "user", "content": text}]}
               for text in settings.train.questions]
     if wanted:
         return [e["messages"] for e in
                 data.with_system(wanted, settings.data.system, settings.train.seed)]
-    stride = math.ceil(len(some_set.examples) / n)
-    return [example["messages"][:-1] for example in some_set.examples[::stride]]
+    dialogues = [example for example in some_set.examples if not data.is_text(example)]
+    stride = max(1, math.ceil(len(dialogues) / n))
+    return [example["messages"][:-1] for example in dialogues[::stride]]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import files
 from .layer import LoRALinear, linear_size
-from .surgery import block_numbers, lora_layers, wrap
+from .surgery import block_numbers, find_blocks, lora_layers, split_path, wrap
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -38,14 +38,12 @@ def save(model: nn.Module, folder: str | Path, base_name: str) -> None:
     for name, layer in layers.items():
         tensors[_key(name, "A")] = layer.lora_A.detach().cpu().contiguous()
         tensors[_key(name, "B")] = layer.lora_B.detach().cpu().contiguous()
-    first, blocks = next(iter(layers.values())), block_numbers(layers)
-    whole = len(blocks) == getattr(model.config, "num_hidden_layers", None)
+    first, (targets, blocks) = next(iter(layers.values())), _targets(model, layers)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
         "r": first.r, "lora_alpha": first.lora_alpha, "lora_dropout": first.dropout.p,
         "use_rslora": first.use_rslora, "use_dora": False, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "layers_to_transform": None if whole else blocks, "layers_pattern": None,
+        "target_modules": targets, "layers_to_transform": blocks, "layers_pattern": None,
         "rank_pattern": {n: x.r for n, x in layers.items() if x.r != first.r},
         "alpha_pattern": {n: x.lora_alpha for n, x in layers.items()
                           if x.lora_alpha != first.lora_alpha},
@@ -58,11 +56,23 @@ def save(model: nn.Module, folder: str | Path, base_name: str) -> None:
     files.write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _targets(model, layers):
+    """(target_modules, layers_to_transform): the adapted names, and blocks unless all; whole paths
+    where PEFT would find other modules by these names: a vision tower's, a router's."""
+    names, blocks = sorted({name.rpartition(".")[2] for name in layers}), block_numbers(layers)
+    if len(blocks) == getattr(model.config.get_text_config(), "num_hidden_layers", None):
+        blocks = None
+    others = [path for path, _ in model.named_modules() if path not in layers
+              and path.rpartition(".")[2] in names
+              and (blocks is None or split_path(path)[0] in blocks)]
+    return (sorted(layers), None) if others else (names, blocks)
+
+
 def load(model: nn.Module, folder: str | Path) -> list[str]:
     """Load an adapter and return its module paths; a model without LoRA layers is wrapped first at
     the file's paths. Raises ValueError that lists everything that does not fit: missing, extra and
     misshapen tensors, another strength, settings of PEFT that we do not compute."""
-    config, tensors = read(Path(folder))
+    config, tensors = _named_as_here(model, *read(Path(folder)))
     layers = lora_layers(model)
     targets = layers or _linear_in_file(model, tensors)
     problems = _unsupported(config) or _other_strength(config, layers)
@@ -81,6 +91,20 @@ def load(model: nn.Module, folder: str | Path) -> list[str]:
             layer.lora_A.copy_(tensors[_key(name, "A")])
             layer.lora_B.copy_(tensors[_key(name, "B")])
     return list(layers)
+
+
+def _named_as_here(model, config, tensors):
+    """The file with this model's path of the blocks: it differs between the class of a checkpoint
+    for text alone and the one that also sees or hears."""
+    roots = {found[1] for key in tensors
+             if (found := re.match(r"(.+?)\.\d+\.", key.removeprefix(PREFIX)))}
+    root = roots.pop() if len(roots) == 1 else ""
+    if not root or root in dict(model.named_modules()):
+        return config, tensors
+    here, patterns = find_blocks(model)[0], config.get("alpha_pattern")
+    if isinstance(patterns, dict):
+        config = config | {"alpha_pattern": {p.replace(root, here): a for p, a in patterns.items()}}
+    return config, {key.replace(PREFIX + root, PREFIX + here): t for key, t in tensors.items()}
 
 
 def _linear_in_file(model, tensors):

@@ -115,6 +115,11 @@ class LoRALinear(nn.Module):
         """The base weight: some models read a projection's weight.dtype."""
         return self.base_layer.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias: some models read a projection's bias."""
+        return self.base_layer.bias
+
 
 class LoRAFunction(torch.autograd.Function):
     """Compute y = W x + scaling B A x and its gradients by hand. For rows x (n, d_in):
@@ -136,7 +141,8 @@ class LoRAFunction(torch.autograd.Function):
         y.addmm_(h, B.T, alpha=scaling)
         ctx.save_for_backward(x, h, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], -1)
+        # no view to autograd: a model may add to it in place, as Llama 4 does
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:

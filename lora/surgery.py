@@ -8,24 +8,46 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .layer import LoRALinear
 
-# where the blocks are: Llama, Qwen, Mistral, Gemma, ...; GPT-2; GPT-NeoX, Pythia; OPT
-BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+# where the blocks are: Llama, Qwen, Mistral, Gemma, ...; GPT-2; GPT-NeoX, Pythia; OPT; most
+# models that also see or hear
+BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers",
+          "model.language_model.layers")
+TOWERS = re.compile(r"vision|visual|image|video|audio|speech")     # their blocks stay as they are
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return (path, blocks) of the first layout in BLOCKS that the model has."""
+    """Return (path, blocks) of the text's blocks: the first layout in BLOCKS that the model has,
+    else the one list inside its decoder that has an entry for each hidden layer."""
     for path in BLOCKS:
-        try:
+        with contextlib.suppress(AttributeError):
             return path, model.get_submodule(path)
-        except AttributeError:
-            continue
+    found = []
+    if hasattr(model, "get_decoder"):
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        decoder = {*model.get_decoder().modules()}
+        found = [(path, m) for path, m in model.named_modules()
+                 if isinstance(m, nn.ModuleList) and len(m) == depth and m in decoder
+                 and not TOWERS.search(path) and split_path(f"{path}.")[0] is None]
+    if len(found) == 1:
+        return found[0]
     children = ", ".join(name for name, _ in model.named_children())
     raise ValueError(f"inject: {type(model).__name__} has none of {', '.join(BLOCKS)}. Its "
                      f"children: {children}. Add the path of its blocks to lora.surgery.BLOCKS.")
+
+
+def text_ids(model: nn.Module, n: int) -> Tensor:
+    """Draw n different token ids, always the same, none of them special: what to try a model on."""
+    configs = [model.config, model.config.get_text_config()]
+    special = {x for c in configs for key, x in vars(c).items() if "token" in key
+               and isinstance(x, int)}
+    order = torch.randperm(configs[1].vocab_size * 3 // 4,    # special tokens are often the last
+                           generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.tensor([i for i in order if i > 2 and i not in special][:n], device=model.device)
 
 
 def split_path(path: str) -> tuple[int | None, str]:

@@ -104,6 +104,7 @@ def runs_of_one_server(paths: list[str]) -> list[runlog.Run]:
 def pick(settings: config.Config, n: int) -> list[list[dict]]:
     """At most n prompts, spread over the run's held-out examples, or over all if those are few."""
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
+    train, val = ([e for e in part if not data.is_text(e)] for part in (train, val))
     examples = val if len(val) >= n else val + train
     return [e["messages"][:-1] for e in examples[::max(1, len(examples) // n)][:n]]
 

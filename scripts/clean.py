@@ -4,10 +4,14 @@ Clean a file of dialogues before training: drop broken records, warn of odd ones
     python -m scripts.clean my.jsonl                          # my.clean.jsonl and my.clean.md
     python -m scripts.clean my.jsonl --dry-run                # prints the report, writes nothing
     python -m scripts.clean my.jsonl --keep near --drop pii   # only warn of the one, drop the other
+    python -m scripts.clean _chat.txt --assistant Anna        # WhatsApp; or Telegram's result.json
 
 It reads what data.py reads. A record stays unchanged or is dropped whole: one bad answer drops its
 dialogue, for every answer is trained on. Of equal records the first stays; what data.py refuses is
 always dropped. The new file has a record a line; clean never writes to a file that exists.
+
+Of an exported chat it makes dialogues: messages in a row are joined, a gap of hours begins another
+one, each starts with somebody else and ends with the assistant; private data becomes stars.
 """
 
 import io
@@ -16,7 +20,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
@@ -25,6 +29,8 @@ from tqdm import tqdm
 
 import data
 from lora import files
+from lora.read import chats, kinds, messages
+from lora.read import records as read_records
 from lora.run import cli
 from lora.use.text import loops, near_duplicates, rep, words
 
@@ -48,7 +54,9 @@ class Record:
         return bool(self.examples) and not drop & self.faults.keys()
 
     def answers(self) -> list[str]:
-        return [m["content"] for m in self.examples[0]["messages"] if m["role"] == "assistant"]
+        """What is trained: the answers' words, or a plain text."""
+        return [m["content"] for m in self.examples[0]["messages"]
+                if m["role"] in ("assistant", "text")]
 
 
 def main(argv: list[str]) -> None:
@@ -56,7 +64,10 @@ def main(argv: list[str]) -> None:
     parser.epilog = "\n".join(
         ["kinds:", *(f"  {k:9} {do}  {what}" for k, (do, what) in KINDS.items())])
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="JSONL or JSON; never written to")
+    add("file", type=Path, metavar="FILE", help="JSONL, JSON, CSV, text or an exported chat; never "
+        "written to")
+    add("--assistant", metavar="NAME", help="of an exported chat: who is the assistant")
+    add("--gap", type=float, default=6, metavar="HOURS", help="a longer silence ends a dialogue")
     add("--out", type=Path, help="the new file (default: FILE.clean.jsonl)")
     add("--report", type=Path, help="the report (default: like the new file, with .md)")
     add("--drop", nargs="+", metavar="KIND", choices=KINDS, default=[], action="extend",
@@ -68,8 +79,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not 0 < args.near <= 1:
         raise ValueError(f"clean: --near is {args.near:g}; expected above 0 and at most 1")
+    if not args.gap > 0:
+        raise ValueError(f"clean: --gap is {args.gap:g}; expected above 0 hours")
     drop = {k for k in KINDS if k in args.drop or KINDS[k][0] == "drop" and k not in args.keep}
-    lines = [*read(args.file)]
+    lines = [*read(args.file, args.assistant, args.gap)]
     out = args.out or args.file.with_name(f"{args.file.stem}.clean.jsonl")
     report = args.report or (None if args.dry_run else out.with_suffix(".md"))
     may_write(args.file, None if args.dry_run else out, report)
@@ -91,23 +104,76 @@ def main(argv: list[str]) -> None:
         write(report, (head + rows).encode("utf-8", "replace"))
 
 
-def read(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (where, bytes) of each record: a line of JSONL, or an item of a JSON list."""
+def read(path: Path, assistant: str | None = None, gap: float = 6) -> Iterable[tuple[str, bytes]]:
+    """Return (where, JSON) of each record: a line of JSONL, an item of a JSON list, a row of CSV, a
+    text, a dialogue of an exported chat. Raises ValueError if there can be none."""
     try:
-        raw = path.read_bytes().removeprefix(data.BOM)
-        values = json.loads(raw.decode()) if raw.lstrip().startswith(b"[") else None
+        raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"clean: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
                          ".json file") from error
+    if kind := kinds.of_bytes(path, raw):
+        raise ValueError(f"clean: {path}{kind}")
+    if chat := chats.read(path):
+        return read_chat(path, chat, assistant, gap)
+    if assistant:
+        raise ValueError(f"clean: {path} is no WhatsApp or Telegram export, so --assistant has no "
+                         "use; leave it out")
+    if path.suffix.lower() in read_records.TABLES | read_records.TEXTS:
+        file = read_records.read(path)
+        if file.problems:
+            raise ValueError("\n".join(f"clean: {x}" for x in read_records.grouped(file.problems)))
+        return [(source.replace(f"{path}:", "line ").replace(str(path), "text"), as_line(record))
+                for source, record in file.records]
+    return read_json(path, raw.removeprefix("\ufeff".encode()))
+
+
+def read_json(path: Path, raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield (where, bytes) of each line of JSONL, or item of a JSON list."""
+    try:
+        values = json.loads(raw.decode()) if raw.lstrip().startswith(b"[") else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"clean: {path}: not JSON: {error}; expected a list of records, or one a "
                          "line") from error
+    if values is None and not re.search(rb"^\s*{.*}\s*$", raw, re.M):
+        if kind := kinds.of_text(path, raw.decode("utf-8", "replace")):
+            raise ValueError(f"clean: {path}{kind}")
     for n, line in enumerate(io.BytesIO(raw) if values is None else (), 1):
         if line.strip():
             yield f"line {n}", line
-    for n, value in enumerate(values or (), 1):   # half surrogates go back to the escapes they were
-        line = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        yield f"record {n}", line + b"\n"
+    for n, value in enumerate(values or (), 1):
+        yield f"record {n}", as_line(value)
+
+
+def as_line(value: object) -> bytes:
+    """A record as a line; half surrogates go back to the escapes they were."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def read_chat(path: Path, chat: chats.Chat, assistant: str | None,
+              gap: float) -> list[tuple[str, bytes]]:
+    """Make dialogues of an exported chat, private data masked; print what became of it."""
+    if assistant is None:
+        names = ", ".join(f"{name!r} ({n:,} messages)" for name, n in chat.names()[:20])
+        raise ValueError(f"clean: {path} is a {chat.kind} export. Whose messages are the answers? "
+                         f"--assistant NAME; the names: {names or 'none'}")
+    try:
+        dialogues = chats.dialogues(chat, assistant, gap)
+    except ValueError as error:
+        raise ValueError(f"clean: {path}: {error}") from error
+    masked, lines = 0, []
+    for dialogue in dialogues:
+        for message in dialogue.messages:
+            if PRIVATE.search(message["content"].translate(NARROW)):
+                message["content"] = mask(message["content"])
+                masked += 1
+        lines.append((dialogue.where, as_line({"messages": dialogue.messages})))
+    people = ", ".join(f"{name} {n:,}" for name, n in chat.names()[:5])
+    left_out = ", ".join(f"{n:,} {what}" for what, n in chat.left_out.items())
+    print(f"clean: {path}: {chat.kind} export; messages: {people}; left out: {left_out or 'none'}")
+    print(f"clean: {len(lines):,} dialogues, with silences under {gap:g} hours; {assistant} is the "
+          f"assistant, everybody else the user; private data masked in {masked:,} messages")
+    return lines
 
 
 # ----- one record --------------------------------------------------------------------------------
@@ -117,16 +183,18 @@ def read_record(where: str, line: bytes) -> Record:
     """Read a record and collect its faults."""
     examples, by_kind = [], {}
     try:
-        examples = data.convert(json.loads(line.decode()), where)
-        problems = [problem for example in examples for problem in data.check(example)]
+        examples = messages.convert(json.loads(line.decode()), where)
+        problems = [problem for example in examples for problem in messages.check(example)]
     except (ValueError, RecursionError) as error:
         problems = [f"not JSON: {error.msg} (column {error.colno})"
                     if isinstance(error, json.JSONDecodeError) else str(error)]
     for example in examples:
         for m in example["messages"]:
-            if isinstance(m["content"], str):
-                for kind, *fault in faults(m["role"], m["content"], "value" in example):
-                    by_kind.setdefault(kind, fault)
+            if not isinstance(m["content"], str) or m["role"] == "tool" and not m["content"]:
+                continue
+            role = "call" if "tool_calls" in m else m["role"]      # its JSON is no prose
+            for kind, *fault in faults(role, messages.said(m), "value" in example):
+                by_kind.setdefault(kind, fault)
     if problems and "empty" not in by_kind:
         raw = re.sub(r"\\[nrt]", " ", line.decode("utf-8", "replace"))
         by_kind["refused"] = excerpt(problems[0], 0, 120), excerpt(raw)
@@ -202,8 +270,7 @@ def mark_same(records: list[Record]) -> None:
     """Mark records whose examples all occur earlier."""
     seen = {}
     for record in records:
-        keys = [(data.prompt_of(e), data.plain(e["messages"][-1]["content"]))
-                for e in record.examples]
+        keys = [(data.prompt_of(e), data.answer_of(e)) for e in record.examples]
         if all(key in seen for key in keys):
             record.faults["same"] = f"as {seen[keys[0]]}", excerpt(record.answers()[-1])
         for key in keys:

@@ -25,8 +25,10 @@ def main(argv: list[str]) -> int:
     tokenizer = load.configured_tokenizer(fetch.find(settings.model.name), settings)
     train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
     tokenised = dataset.tokenise(train + val, tokenizer, settings.dataset)
+    n_pieces = sum(data.is_text(item["example"]) for item in tokenised.items)
     print(f"\ndoctor: {settings.model.name}, format {tokenised.format}: {len(train)} training and "
-          f"{len(val)} validation examples, {count_answers(tokenised)} answers")
+          f"{len(val)} validation examples, {count_answers(tokenised)} answers"
+          + (f", {n_pieces} pieces of plain text" if n_pieces else ""))
     histogram([len(item["input_ids"]) for item in tokenised.items])
     levels = []
     for level, what, sources in [*check_texts(train, val), *check_tokens(tokenised, tokenizer)]:
@@ -40,10 +42,19 @@ def main(argv: list[str]) -> int:
     of_format = advice.about_format(dataset.FORMATS, tokenised.format, tokenizer, train)
     for note in [*tokenised.notes(), *of_format]:
         print(f"  note   {note}")
-    print(f"\nfirst example, supervised tokens in green ({tokenised[0]['source']}):\n"
-          + show.colour(tokenised[0], tokenizer))
+    for kind, items in data.group_by(lambda x: kind_of(x["example"]), tokenised.items).items():
+        print(f"\nfirst {kind}, supervised tokens in green ({items[0]['source']}):\n"
+              + show.colour(items[0], tokenizer))
     print(f"\ndoctor: {levels.count('ERROR')} errors, {levels.count('warn')} warnings")
     return int("ERROR" in levels)
+
+
+def kind_of(example: dict) -> str:
+    """What an example is: "example" (a dialogue), "example with tools" or "piece of plain text"."""
+    if data.is_text(example):
+        return "piece of plain text"
+    with_tools = any({"tools", "tool_calls"} & m.keys() for m in example["messages"])
+    return "example with tools" if with_tools else "example"
 
 
 def check_texts(train: list[dict], val: list[dict]) -> Iterator[tuple[str, str, list[str]]]:
@@ -66,7 +77,7 @@ def near_copies(examples: list[dict], few: int = 12) -> list[list[dict]]:
     group), answers of fewer than few words, and whole repetitions, which have their own line."""
     again = {id(e) for same in data.duplicates(examples) for e in same[1:]}
     answers = [(e, e["messages"][-1]["content"]) for e in examples
-               if "group" not in e and id(e) not in again]
+               if "group" not in e and id(e) not in again]      # a tool call has no words
     long = [(e, text) for e, text in answers if len(words(text)) >= few]
     pairs = near_duplicates([text for _, text in long], first=True)
     return [[long[i][0], long[j][0]] for i, j, _ in pairs]
@@ -77,6 +88,8 @@ def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str,
     endless, different, elsewhere = [], [], []
     for item in tokenised.items:
         ids, messages, source = [*item["input_ids"]], item["example"]["messages"], item["source"]
+        if data.is_text(item["example"]):
+            continue                                          # no prompt, no stop token
         labels = [i for i in item["labels"] if i != IGNORE_INDEX]
         if labels[-1] not in tokenised.stop.ids and not tokenizer.decode(labels).endswith(
                 tokenised.stop.text or "\0"):
@@ -91,7 +104,7 @@ def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str,
             different.append(source)
         elif tokenised.format == "template" and prompts[-1] != tokenizer.apply_chat_template(
                 messages[:-1], add_generation_prompt=True, return_dict=False,
-                tools=messages[0].get("tools")):
+                tools=messages[-1].get("tools")):
             elsewhere.append(source)
     yield "ERROR", "answers end without a supervised stop token", endless
     yield "ERROR", "examples do not start with the prompt that chat sends", different
@@ -100,8 +113,9 @@ def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str,
 
 
 def count_answers(tokenised: dataset.QADataset) -> int:
-    """The answers that are trained: stretches of labels."""
+    """The answers that are trained: stretches of labels in dialogues."""
     return sum(label != IGNORE_INDEX and before == IGNORE_INDEX for item in tokenised.items
+               if not data.is_text(item["example"])
                for before, label in pairwise([IGNORE_INDEX, *item["labels"]]))
 
 

@@ -50,6 +50,7 @@ class Job(NamedTuple):
     run: str                    # its name, without a slash
     target: str                 # a key of WRITE
     base_name: str              # what the adapter's file says
+    base: dict                  # the base model's config.json
     served: str                 # what a server is given: a folder, if it is one here
     model: torch.nn.Module
     ids: torch.Tensor           # a probe, (1, t)
@@ -149,16 +150,27 @@ def load_job(run: runlog.Run, folder: Path | str, options: argparse.Namespace, o
     if system and options.to != "ollama":
         notes.append(f"it was trained with a system prompt: send {out}/system.txt in each dialogue")
     served = name if Path(name).exists() else base_name
-    return Job(run.name.replace("/", "-"), options.to, base_name, served, model, ids, trained,
+    base = base_config(folder, model)
+    if options.to in ("peft", "vllm") and any(
+            path != readers.published(path, base) for path in lora_layers(model)):
+        notes.append(f"its names are those of {readers.class_of(base)}; {type(model).__name__}, "
+                     "which AutoModelForCausalLM gives, ignores them: it reads the run's adapter/")
+    return Job(run.name.replace("/", "-"), options.to, base_name, base, served, model, ids, trained,
                tokenizer, format, template, system, notes + system_notes)
 
 
-def base_config(folder: Path | str) -> dict:
-    """The base model's config.json; of a hub id, from the loaded model."""
+def base_config(folder: Path | str, model: torch.nn.Module | None = None) -> dict:
+    """The base model's config.json; of a hub id, from the loaded model. A text-only class inside a
+    checkpoint that also sees or hears names no class there: its name tells the published one."""
     file = Path(folder) / "config.json"
     if file.exists():
         return files.read_json(file)
-    return load.load_model(folder, torch.device("meta"), torch.float32).config.to_dict()
+    model = model or load.load_model(folder, torch.device("meta"), torch.float32)
+    inner = type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration")
+    config = model.config.to_dict()
+    if not config.get("architectures") and inner in readers.TEXT_AT:
+        config["architectures"] = [inner]
+    return config
 
 
 def base_notes(run: runlog.Run, model: torch.nn.Module) -> list[str]:
@@ -198,11 +210,12 @@ def line(verdict: Verdict) -> str:
 
 def to_peft(job: Job, folder: Path) -> Verdict:
     adapter.save(job.model, folder, job.base_name)
+    readers.fit(folder, job.base, for_peft=job.target == "peft")
     portable_logits = logits(job.model, job.ids)
     unwrap(job.model)                                     # the plain base again
     adapter.load(job.model, folder)
     sure(torch.equal(logits(job.model, job.ids), portable_logits), "the adapter read back differs")
-    verdicts = {v.reader: v for v in readers.judge(folder, job.model.config.to_dict())}
+    verdicts = {v.reader: v for v in readers.judge(folder, job.base)}
     if job.target == "peft":
         return verdicts["PEFT"]
     return verdicts["vLLM"]._replace(because=f"{verdicts['vLLM'].because}; not run here")
@@ -227,6 +240,10 @@ def to_ollama(job: Job, folder: Path) -> Verdict:
 
 
 def to_mlx(job: Job, folder: Path) -> Verdict:
+    if "text_config" in job.base:
+        raise ValueError(f"export: how mlx-lm names the layers of {readers.class_of(job.base)} is "
+                         "not known here; merge into a folder (python -m scripts.merge RUN --out "
+                         "FOLDER) and convert that with mlx_lm.convert")
     readers.save_mlx(job.model, folder, job.base_name)
     config, tensors = readers.load_mlx(folder)
     scale = config["lora_parameters"]["scale"]
@@ -257,7 +274,9 @@ def write_merged(job: Job, file: Path) -> None:
 def commands(job: Job, merged: bool, out: Path) -> list[str]:
     """How to use what was written."""
     rank = readers.vllm_rank(next(iter(lora_layers(job.model).values())).r)
-    return [USE[what].format(run=job.run, served=job.served, rank=rank, out=out)
+    auto = ("AutoModelForImageTextToText" if readers.class_of(job.base).endswith(
+        "ForConditionalGeneration") else "AutoModelForCausalLM")
+    return [USE[what].format(run=job.run, served=job.served, rank=rank, out=out, auto=auto)
             for what in ([job.target, "merged"] if merged else [job.target])]
 
 

@@ -192,8 +192,9 @@ def ledger(voices: Voices, run: runlog.Run, examples: list[dict]) -> dict:
         path = {name: values[i].item() for name, values in nats.items()}
         best, last = min(path.values()), [*path.values()][-1]
         entries[id(row["example"])] = {
-            "source": row["source"], "prompt": row["example"]["messages"][-2]["content"],
-            "answer": row["example"]["messages"][-1]["content"], "tokens": n,
+            "source": row["source"], "prompt": "".join(
+                data.said(m) for m in row["example"]["messages"][-2:-1]),
+            "answer": data.said(row["example"]["messages"][-1]), "tokens": n,
             "nats_per_token": {name: value / n for name, value in path.items()},
             "verdict": "never learned" if best >= LEARNED else
                        "forgotten" if last >= best + LEARNED else "learned"}
@@ -223,7 +224,7 @@ def contradictions(examples: list[dict]) -> list[tuple[dict, dict]]:
     value; without a value, another answer."""
     def says(example):
         texts = example["value"].split("|") if "value" in example else [
-            example["messages"][-1]["content"]]
+            data.said(example["messages"][-1])]
         return frozenset(map(data.plain, texts))
     facts = [e for e in examples if "value" in e and "group" in e]
     pairs = {}

@@ -16,6 +16,7 @@ import torch
 from lora import adapter, files, surgery
 from lora.base import fetch, load
 from lora.run import cli, runlog
+from lora.use import readers
 from scripts.voices import Voices, with_system
 
 PROBES = ("Good morning! How are you?", "What is the capital of France?", "Tell me a story.")
@@ -97,6 +98,10 @@ def save_model(voices: Voices, out: Path, origin: dict, dtype: torch.dtype):
         layer.merge()
     surgery.unwrap(voices.model)
     load.save_model(voices.model.to(dtype), voices.tokenizer, out)
+    file, ours = Path(voices.folder) / "config.json", type(voices.model).__name__
+    whole = readers.class_of(files.read_json(file)) if file.exists() else ""
+    if whole in readers.TEXT_AT and whole != ours:
+        print(f"merge: {out} holds {ours}, the text of {whole} alone: it sees and hears nothing")
     runlog.write_json(out / "merge.json", origin)
     return load.load_model(out, voices.device, dtype)
 

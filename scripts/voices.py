@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import data
 import dataset
 from lora import files
 from lora.base import fetch, load, quant
@@ -87,18 +88,21 @@ class Voices:
         return answers
 
     def nll(self, examples: list[dict], name: str | None) -> list[float]:
-        """Voice.nll per character of the answers, so that tokenizers compare."""
+        """Voice.nll per character of the answers or the text, so that tokenizers compare."""
         with self.bank.using(name):
             nats = self.voice(name).nll(examples)
-        return [value / sum(len(m["content"]) for m in example["messages"]
-                            if m["role"] == "assistant")
+        return [value / sum(len(data.said(m)) for m in example["messages"]
+                            if m["role"] in ("assistant", "text"))
                 for value, example in zip(nats, examples, strict=True)]
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """The messages with this system prompt in place of theirs; None removes it."""
+    """The messages with this system prompt in place of theirs; None removes it. A plain text has
+    none."""
     turns = [m for m in messages if m["role"] != "system"]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
+    if system is None or turns[0]["role"] == "text":
+        return turns
+    return [{"role": "system", "content": system}, *turns]
 
 
 def is_cjk(messages: list[Message]) -> bool:

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+import zoo
 from conftest import assert_same_logits, make_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -169,3 +170,19 @@ def test_a_deeply_nested_adapter_config_is_an_error(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="cannot be read"):
         adapter.load(make_model(), tmp_path)
+
+
+def test_names_that_other_modules_have_too_are_written_as_whole_paths(tmp_path):
+    """PEFT would adapt a vision tower's q_proj by its name."""
+    model = zoo.make("qwen3_vl")
+    paths = inject(model, r=2, lora_alpha=2)
+    adapter.save(model, tmp_path, "some/base")
+    config = json.loads((tmp_path / adapter.CONFIG).read_text())
+    towers = [n for n, m in model.named_modules() if n.rpartition(".")[2] in
+              {p.rpartition(".")[2] for p in paths} and n not in paths]
+    assert config["target_modules"] == (sorted(paths) if towers else sorted(
+        {p.rpartition(".")[2] for p in paths}))
+    theirs = peft.PeftModel.from_pretrained(zoo.make("qwen3_vl"), tmp_path)
+    found = {n.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+             for n, _ in theirs.named_modules() if n.endswith(".lora_A.default")}
+    assert found == set(paths)

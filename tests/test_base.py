@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import zoo
 from conftest import FAST_BFLOAT16, make_model, make_tokenizer
 
 from lora.base import load
+from lora.surgery import text_ids
 
 CPU = torch.device("cpu")
 
@@ -105,3 +107,22 @@ def test_a_missing_weight_is_never_replaced_by_random_numbers(tiny_folder):
 def test_a_name_that_cannot_be_one_is_one_readable_error(name):
     with pytest.raises(ValueError, match="model: could not load"):
         load.load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"), ("qwen3_5", "Qwen3_5ForCausalLM"),
+    ("gemma3", "Gemma3ForConditionalGeneration"), ("mistral3", "Mistral3ForConditionalGeneration")])
+def test_a_model_that_sees_is_loaded_for_its_text(tmp_path, name, kind):
+    model = zoo.make(name)
+    model.save_pretrained(tmp_path)
+    loaded, ids = load.load_model(str(tmp_path), CPU, torch.float32), text_ids(model, 9)[None]
+    assert type(loaded).__name__ == kind
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_of_another_kind_is_named_as_such(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="'vit' is no language model") as error:
+        load.load_model(str(tmp_path), CPU, torch.float32)
+    assert "tokenizer.json" not in str(error.value)

@@ -104,7 +104,7 @@ def test_a_user_may_say_what_an_answer_may_not(run):
 
 
 @pytest.mark.parametrize("record", [
-    "{", "5", '["a"]', "\udcff", {"text": "a"}, talk("a"), talk("a", "b", "c"), {"messages": None},
+    "{", "5", '["a"]', "\udcff", {"texts": "a"}, talk("a"), talk("a", "b", "c"), {"messages": None},
     {"messages": [{"role": "assistant", "content": "a"}]}, '{"prompt": "a", "completion": 5}',
     "[" * 100_000])
 def test_what_data_py_refuses_goes_with_a_reason(tmp_path, record, run):

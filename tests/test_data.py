@@ -130,7 +130,9 @@ def test_data_py_counts_its_facts(capsys):
 WRONG = [
     ("{", "not JSON"),
     ('"a text"', "expected an object"),
-    ({"text": "a"}, "instruction"),
+    ({"texts": "a"}, "instruction"),
+    ({"text": " "}, "empty"),
+    ({"text": ["a"]}, "expected a text"),
     (say(("robot", "a"), ("assistant", "b")), "'robot'"),
     (say(("user", "a"), ("system", "b"), ("assistant", "c")), "'system'"),
     (say(("user", "a"), ("assistant", " \n")), "empty"),

@@ -179,7 +179,7 @@ def test_a_template_that_refuses_is_named():
 
 def test_a_template_that_hides_answers_leaves_nothing_to_learn():
     tokenizer = make_tokenizer("{% for m in messages %}{{ loop.length }}{% endfor %}")
-    with pytest.raises(ValueError, match="here:1: the chat template does not write the answer"):
+    with pytest.raises(ValueError, match="here:1: the chat template does not write message 1"):
         QADataset([example("hi", "yo")], tokenizer)
 
 

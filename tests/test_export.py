@@ -20,7 +20,7 @@ from lora.base import fetch, load
 from lora.generate import generate
 from lora.surgery import lora_layers
 from lora.use import gguf, readers
-from lora.use.readers import LOADS, OTHER, READERS, REFUSED, portable, verdicts
+from lora.use.readers import IGNORED, LOADS, OTHER, READERS, REFUSED, portable, verdicts
 from scripts import export
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +108,33 @@ def test_a_model_that_ollama_never_took_and_an_empty_adapter():
     assert "of llama and gemma2 only" in found["Ollama"].because
     assert "does not" in judged(base={"model_type": "phi"})["llama.cpp"].because
     assert all(v.verdict == REFUSED for v in judged(shapes={}).values())
+
+
+def test_a_reader_that_ignores_names_says_so():
+    """test_models_end_to_end.py has the same on a toy Qwen3.5, in PEFT."""
+    base = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    found = judged(base=base)
+    assert [v.verdict for v in found.values()][:3] == [IGNORED] * 3
+    assert found["vLLM"].because == ("names of the text-only class; "
+                                     "Qwen3_5ForConditionalGeneration has others")
+    assert found["vLLM"].fix.endswith("--to vllm") and found["PEFT"].fix.endswith("--to peft")
+    here = {key.replace(".model.layers", ".model.language_model.layers"): shape
+            for key, shape in SHAPES.items()}
+    assert judged(shapes=here, base=base)["vLLM"].verdict == LOADS
+    text = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}
+    assert judged(base=text)["vLLM"].verdict == LOADS
+
+
+def test_shared_experts_that_peft_takes_for_routed_ones():
+    base = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
+    assert judged(base=base)["PEFT"].verdict == LOADS
+    key = "base_model.model.model.layers.0.mlp.shared_expert.up_proj.lora_A.weight"
+    found = judged(shapes={**SHAPES, key: (8, 32)}, base=base)
+    assert found["PEFT"].verdict == OTHER and "routed experts" in found["PEFT"].because
+    assert found["vLLM"].verdict == LOADS and found["PEFT"].fix.endswith("--to peft")
+    named = {"target_parameters": ["model.layers.0.mlp.shared_expert.up_proj.weight"]}
+    assert judged(named, {**SHAPES, key: (8, 32)}, base)["PEFT"].verdict == LOADS
+    assert "ignores some" in judged(base={"model_type": "laguna"})["PEFT"].because
 
 
 # ----- one adapter that all read alike -----------------------------------------------------------
@@ -296,6 +323,47 @@ def test_the_template_beside_it_renders_what_was_trained(trained, capsys, format
         ids, _ = dataset.render(talk, tokenizer, format, reply=True)
         assert tokenizer.decode(ids) == export.renderer(tokenizer, text)(talk)
     assert note in out and "give the server" in out if note else "trained as" not in out
+
+
+NAMED = {"default": "{% set day = strftime_now('%Y') %}{{ day }}{{ mood | default('dull') }}"
+         + CHATML, "tool_use": "never"}
+NO_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+             + CHATML)
+
+
+@pytest.mark.parametrize("template, settings, head", [
+    (NAMED, {"template_vars": {"mood": "glad"}, "date": "1999-12-31"}, "1999glad<|im_start|>user"),
+    (NO_SYSTEM, {}, "<|im_start|>user")])
+@pytest.mark.parametrize("target", ["peft", "llama.cpp", "ollama"])
+def test_what_is_exported_holds_the_template_that_training_prepared(trained, capsys, template,
+                                                                    settings, head, target):
+    """Named templates, variables, the date and a missing system turn: each file renders what
+    training did, with a tokenizer that knows nothing of it."""
+    tokenizer = make_tokenizer(template)
+    plain = make_tokenizer()
+    prepared = make_tokenizer(template)
+    load.templates.prepare(prepared, settings.get("template_vars"), settings.get("date"))
+    trained(tokenizer=tokenizer, template=export.runlog.digest(prepared.chat_template))
+    Path("runs/demo/config.json").write_text(json.dumps({
+        "model": {"name": "tiny-llama"}, "dataset": settings}))
+    out = exported(capsys, "--to", target, *(["--merged"] if target == "llama.cpp" else []))
+    assert "template changed" not in out
+    folder = Path(f"exports/demo-{target}")
+    texts = [(folder / "chat_template.jinja").read_text()]
+    if target != "peft":
+        file = folder / ("demo.gguf" if target == "ollama" else "demo-merged-f16.gguf")
+        model = load.load_model("tiny-llama", CPU, torch.float32)
+        fields, _ = gguf.read(file, model.config.to_dict(), model.state_dict())
+        texts.append(fields["tokenizer.chat_template"])
+    for talk in export.PROBES:
+        ids, _ = dataset.render(talk, prepared, "template", reply=True)
+        assert {export.renderer(plain, text)(talk) for text in texts} == {prepared.decode(ids)}
+    assert prepared.decode(dataset.render(TALK, prepared, "template")[0]).startswith(head)
+    if target == "ollama":
+        assert "SYSTEM" in (folder / "Modelfile").read_text()
+
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
 def test_a_tokenizer_that_starts_with_bos_has_it_once():

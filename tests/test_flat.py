@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import zoo
 from conftest import make_model
 from test_loss import assert_same_step, step
 from transformers import (
@@ -253,3 +254,43 @@ def test_in_bfloat16_the_curve_stays_inside_the_band_of_the_baseline_against_its
         ours.append((curve(seed, 7, "shared", True) - baseline).abs())
     band, ours = torch.stack(band), torch.stack(ours)
     assert ours.mean() < 1.5 * band.mean() and ours.max() < 2 * band.max()
+
+
+@pytest.mark.parametrize("name, why", [
+    ("qwen3_5_text", "it has layers of linear_attention"), ("lfm2", "it has layers of conv"),
+    ("llama4_text", "it has layers of chunked_attention"),
+    ("stablelm", "StableLmDecoderLayer does not give the plan to its attention"),
+    ("nemotron", "NemotronDecoderLayer does not give the plan to its attention"),
+    ("gpt_oss", "its attention is eager, not sdpa")])
+def test_a_model_is_refused_for_its_structure(name, why):
+    model = zoo.make(name).to(torch.bfloat16)                 # where numbers say little
+    with pytest.raises(flat.Unsupported, match=why):
+        flat.enable(model, load.use_attention)
+    assert model.config._attn_implementation != "flat"
+
+
+@pytest.mark.parametrize("dtype, n", [(torch.float32, 1), (torch.bfloat16, 5)])
+def test_wrong_attention_is_noticed_in_any_dtype(monkeypatch, dtype, n):
+    """The bound is the model's own rounding, in its own dtype."""
+    real = flat.Plan.mask
+
+    def leaky(self, i, window, like):
+        mask = real(self, i, window, like).clone()
+        if self.cells[i].prefix.stop > self.cells[i].prefix.start:
+            mask[:, :n] = -torch.inf                          # n of the shared tokens are not seen
+        return mask
+    model = adapted("llama").to(dtype)
+    flat.enable(model, load.use_attention)
+    monkeypatch.setattr(flat.Plan, "mask", leaky)
+    model = adapted("llama").to(dtype)
+    with pytest.raises(flat.Unsupported, match="standard deviations"):
+        flat.enable(model, load.use_attention)
+
+
+def test_attention_that_is_not_told_its_window_is_refused():
+    model = adapted("gemma3, window 8")
+    for block in model.model.layers:
+        block.self_attn.sliding_window = None
+    model.config.sliding_window = 4096                        # beyond what a probe could see
+    with pytest.raises(flat.Unsupported, match="is not told its window of 4096 tokens"):
+        flat.enable(model, load.use_attention)

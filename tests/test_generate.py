@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import zoo
 from conftest import make_model
 from transformers import MistralConfig, MistralForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from lora.base import load
 from lora.fast import flat
-from lora.generate import Stop, choose_tokens, generate
+from lora.generate import Stop, choose_tokens, generate, traits
 
 PROMPTS = [[7, 8, 9], [11], [12, 13, 14, 15, 16, 17]]
 
@@ -40,6 +41,7 @@ def test_what_prompts_begin_with_is_computed_once_and_the_answers_are_the_same(
     wanted = [generate(model, [prompt], Stop(frozenset()), 6)[0] for prompt in prompts]
     if fast:
         flat.enable(model, load.use_attention)
+    assert traits(model)[:2] == (True, True)
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
     assert generate(model, prompts, Stop(frozenset()), 6) == wanted
@@ -135,3 +137,35 @@ def test_the_repetition_penalty_lowers_every_token_seen_and_no_other(monkeypatch
     generate(model, [[7, 8, 9, 7]], free, 1, repetition_penalty=1.5)
     assert torch.equal(processor(torch.tensor([[7, 8, 9, 7]]), seen[0].clone()), seen[1])
     assert (seen[0] != seen[1]).nonzero()[:, 1].tolist() == [7, 8, 9]
+
+
+LONG = [[*range(20, 32), *prompt] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "lfm2", "rwkv",
+                                  "recurrent_gemma", "mpt", "openai-gpt"])
+def test_whatever_a_model_remembers_a_batch_equals_single_prompts(name):
+    """A hybrid cache has no batch_repeat_interleave; recurrent states may take padding in."""
+    model = zoo.make(name)
+    alone = [generate(model, [prompt], Stop(frozenset()), 6)[0] for prompt in LONG]
+    assert generate(model, LONG, Stop(frozenset()), 6) == alone
+    stop = Stop(frozenset({alone[0][1], alone[1][0]}))
+    ends = [next((i for i, t in enumerate(answer) if t in stop.ids), 6) for answer in alone]
+    assert generate(model, LONG, stop, 6) == [a[:n] for a, n in zip(alone, ends, strict=True)]
+
+
+@pytest.mark.parametrize("name, padding, attends", [
+    ("llama", True, True), ("qwen3_5_text", True, False), ("recurrent_gemma", False, False),
+    ("rwkv", False, False)])
+def test_what_a_model_can_do_with_a_batch_is_tried(name, padding, attends):
+    assert traits(zoo.make(name))[:2] == (padding, attends)
+
+
+def test_a_hybrid_takes_its_prompts_whole_and_no_more_than_fit(monkeypatch):
+    model, seen = zoo.make("qwen3_5_text"), []
+    traits(model)
+    monkeypatch.setattr("lora.generate.PREFILL", 40)
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    generate(model, LONG, Stop(frozenset()), 2)
+    assert seen == [(2, 15), (2, 1), (1, 18), (1, 1)]

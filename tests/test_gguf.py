@@ -4,6 +4,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import CHATML, make_model, make_tokenizer
 from tokenizers import Regex, pre_tokenizers
 from transformers import (
@@ -87,6 +88,22 @@ def test_a_lora_is_read_back(tmp_path, kind):
     for name, layer in layers.items():
         assert torch.equal(tensors[f"{name}.lora_a"], layer.lora_A)
         assert torch.equal(tensors[f"{name}.lora_b"], layer.lora_B)
+
+
+def test_the_lora_of_a_model_that_sees_has_the_names_of_its_text(tmp_path):
+    """Gemma 3 from 4B up nests num_hidden_layers in text_config, and its blocks too."""
+    model = adapted(zoo.make("gemma3"))
+    layers, config = lora_layers(model), model.config.to_dict()
+    assert next(iter(layers)).startswith("model.language_model.layers.0.")
+    gguf.write_lora(tmp_path / "a.gguf", layers, config)
+    fields, tensors = gguf.read(tmp_path / "a.gguf", config, layers)
+    assert fields["general.architecture"] == "gemma3"
+    for name, layer in layers.items():
+        assert torch.equal(tensors[f"{name}.lora_b"], layer.lora_B)
+    names = {tensor.name for tensor in package.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert "blk.1.attn_q.weight.lora_a" in names and len(names) == 2 * len(layers)
+    with pytest.raises(ValueError, match="no whole model is written here for model_type 'gemma3'"):
+        gguf.write_model(tmp_path / "m.gguf", model.state_dict(), config, make_tokenizer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import zoo
 from conftest import make_model
 from transformers import (
     AutoModelForCausalLM,
@@ -11,6 +12,7 @@ from transformers import (
 )
 
 from inject import inject, report
+from lora.base import reach
 from lora.surgery import block_numbers, count, find_blocks, lora_layers, split_path
 from lora.use import show
 
@@ -106,3 +108,73 @@ def test_the_block_of_a_module_path(path, block, inside):
 
 def test_block_numbers_are_sorted_as_numbers():
     assert block_numbers(f"model.layers.{i}.mlp.up_proj" for i in (10, 2, 2, 1)) == [1, 2, 10]
+
+
+@pytest.mark.parametrize("name, where", [
+    ("qwen2_5_vl", "model.language_model.layers"), ("gemma3", "model.language_model.layers"),
+    ("smolvlm", "model.text_model.layers"), ("mpt", "transformer.blocks"),
+    ("mamba", "backbone.layers"), ("git", "git.encoder.layer"),
+    ("llama4", "language_model.model.layers"), ("kosmos-2.5", "text_model.model.layers")])
+def test_the_blocks_of_the_text_are_found_and_no_tower_is_touched(name, where):
+    model = zoo.make(name)
+    assert find_blocks(model)[0] == where
+    adapted = inject(model, **LORA)
+    assert all(path.startswith(f"{where}.") for path in adapted)
+    assert all(n.endswith(("lora_A", "lora_B")) for n, p in model.named_parameters()
+               if p.requires_grad)
+
+
+def test_two_lists_of_blocks_are_refused():
+    with pytest.raises(ValueError, match="HrmTextForCausalLM has none of model.layers"):
+        find_blocks(zoo.make("hrm_text"))
+
+
+@pytest.mark.parametrize("name, path, reason", [
+    ("qwen3_5_text", "linear_attn.in_proj_a", reach.SERVERS),
+    ("gemma3n_text", "altup.modality_router", reach.SERVERS),
+    ("gemma4_text", "per_layer_input_gate", reach.SERVERS),
+    ("qwen3_next", "mlp.shared_expert_gate", reach.SERVERS),
+    ("jamba", "mamba.dt_proj", reach.SILENT), ("phimoe", "mlp.router", reach.OTHER),
+    ("doge", "self_attn.dt_proj", reach.UNFED), ("bamba", "mamba.out_proj", reach.READ),
+    ("mixtral", "mlp.experts.gate_up_proj", "routed experts"),
+    ("lfm2", "conv.conv", "convolutions")])
+def test_what_all_linear_leaves_out_is_said_with_its_reason(name, path, reason):
+    model = zoo.make(name)
+    adapted = inject(model, **LORA)
+    share, missing = reach.reached(model)
+    assert missing[path] == reason and 0 < share < 1
+    assert not any(one.endswith(path) for one in adapted)
+    said = report(model, adapted)
+    assert f"adapters on {share:.0%} of the blocks' weights, none on " in said
+    assert path in said and reason in said
+
+
+def test_what_is_left_out_by_default_may_be_named():
+    adapted = inject(zoo.make("qwen3_5_text"), target_modules=["in_proj_a"], **LORA)
+    assert [path.rpartition(".")[2] for path in adapted] == ["in_proj_a"]
+
+
+def test_what_the_model_never_calls_cannot_be_named():
+    with pytest.raises(ValueError, match=r"\['dt_proj'\] matched nothing. dt_proj: never called"):
+        inject(zoo.make("jamba"), target_modules=["dt_proj"], **LORA)
+
+
+def test_a_weight_of_several_blocks_gets_no_adapter():
+    model = zoo.make("zamba")
+    adapted = inject(model, **LORA)
+    assert reach.SHARED in reach.reached(model)[1].values()
+    assert len({id(layer.weight) for layer in lora_layers(model).values()}) == len(adapted)
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="PaliGemma.* sees later tokens"):
+        inject(zoo.make("paligemma"), **LORA)
+
+
+def test_trying_a_model_draws_nothing_and_keeps_its_mode(model):
+    model.train()
+    state = torch.get_rng_state()
+    reach.candidates(model)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert model.model.layers[0].self_attn.q_proj.training
+    assert all(p.grad is None for p in model.parameters())

@@ -220,3 +220,19 @@ def test_a_merged_adapter_cannot_be_disabled(adapted):
         layer.merge()
     with pytest.raises(ValueError, match="unmerge it first"), disabled(adapted):
         pass
+
+
+def test_a_wrapped_layer_shows_its_weight_and_bias():
+    """Jamba's forward reads proj.bias, others read proj.weight.dtype."""
+    for bias in (True, False):
+        base = nn.Linear(4, 3, bias=bias)
+        layer = LoRALinear(base, r=2, lora_alpha=2)
+        assert layer.bias is base.bias and layer.weight is base.weight
+
+
+def test_what_a_layer_returns_may_be_added_to_in_place_and_may_be_empty():
+    """Llama 4 adds its experts' output to the shared expert's in place."""
+    layer = LoRALinear(nn.Linear(4, 3), r=2, lora_alpha=2)
+    y = layer(torch.ones(2, 5, 4, requires_grad=True))
+    y.add_(1).sum().backward()
+    assert layer.lora_B.grad.any() and layer(torch.ones(1, 0, 4)).shape == (1, 0, 3)

@@ -65,3 +65,27 @@ def test_a_bfloat16_model_with_float32_adapters_in_its_mlps_is_fused():
     model = make_model().bfloat16()
     inject(model, r=2, lora_alpha=2)
     assert leaves.fuse(model) == 7
+
+
+class RMSNorm(torch.nn.Module):
+    """What models have under this name, and fuse() must leave alone."""
+
+    eps = 1e-6
+
+    def __init__(self, weight, takes_gate):
+        super().__init__()
+        self.weight = weight
+        if takes_gate:
+            self.forward = lambda x, gate=None: self.norm(x)
+        else:
+            self.forward = self.norm
+
+    def norm(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("weight, takes_gate", [
+    (None, False), (torch.ones(8), False),                   # Gemma 4, Falcon Mamba: of any width
+    (torch.nn.Parameter(torch.ones(8), requires_grad=False), True)])      # Qwen3-Next: gated
+def test_a_norm_without_a_weight_of_its_own_or_with_a_gate_keeps_its_forward(weight, takes_gate):
+    assert leaves.fuse(torch.nn.Sequential(torch.nn.Linear(8, 8), RMSNorm(weight, takes_gate))) == 0

@@ -69,7 +69,7 @@ def gradients(model):
 
 def test_a_weight_is_the_nearest_of_the_papers_sixteen_values():
     linear = nn.Linear(576, 192, bias=False)
-    holder = make_model(num_hidden_layers=1)
+    holder = make_model(num_hidden_layers=1, hidden_size=576, head_dim=48)
     holder.model.layers[0].self_attn.q_proj = linear
     blocks = linear.weight.detach().clone().view(-1, 64)
     quant.quantise(holder, "nf4", CPU)
@@ -212,7 +212,7 @@ def test_without_bitsandbytes_the_error_names_the_fix(monkeypatch):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(ValueError, match="no nn.Linear but the head"):
+    with pytest.raises(ValueError, match="the blocks have no nn.Linear"):
         quant.quantise(quantised(), "nf4", CPU)
 
 

@@ -80,6 +80,11 @@ def test_copies_cover_what_brute_force_covers(sources, said, size):
     assert all(said[a:b] in sources[name] for a, b, name in found)
 
 
+def test_copies_of_one_length_that_overlap_are_all_found():
+    copies = text.Copies(dict(enumerate(["a ac c", "aaaaaaaaaaaaaaaaaaaaac "])), 4)
+    assert copies.of("aac c") == [(0, 4, 1), (1, 5, 0)]
+
+
 @given(st.lists(LITTLE, max_size=8), st.sampled_from([0.3, 0.5, 0.6, 1.0]))
 def test_near_duplicates_are_those_of_all_pairs(texts, threshold):
     sets = [set(text.ngrams(text.words(t), 2)) or {tuple(text.words(t))} for t in texts]

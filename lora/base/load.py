@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers import conversion_mapping
 from transformers.masking_utils import sdpa_mask
 
 from .. import config
@@ -56,7 +57,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False,
                    ) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub id, and prepare its chat template (see
     templates.py for variables and day). Raises ValueError if there is none."""
-    with _readable_errors(name):
+    with _readable_errors(name, "tokenizer.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code)
     templates.prepare(tokenizer, variables, day)
@@ -72,17 +73,43 @@ def configured_tokenizer(name: str | Path, settings: config.Config
 
 def load_model(name: str | Path, device: torch.device | str, dtype: torch.dtype,
                trust_remote_code: bool = False) -> torch.nn.Module:
-    """Load the causal language model of a folder or hub id, in eval mode. Raises ValueError if
-    weights are missing: transformers alone goes on with random numbers in their place."""
+    """Load the language model of a folder or hub id, in eval mode: the causal class, else the one
+    for images and text, whose text is then trained. Raises ValueError if weights are missing:
+    transformers alone goes on with random numbers in their place."""
     with _readable_errors(name):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True)
-        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if wrong:
+        for auto in _auto_classes(name, trust_remote_code):
+            model, info = auto.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+                output_loading_info=True, ignore_mismatched_sizes=True)
+            wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            if not wrong:
+                break
+        else:
             raise ValueError(f"{len(wrong)} weights of config.json are missing or of another "
                              f"shape: {', '.join(wrong[:3])}")
     return model.to(device).eval()
+
+
+def _auto_classes(name, trust_remote_code):
+    """The auto classes that have an entry for the model's config, in order."""
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    found = [auto for auto in (transformers.AutoModelForCausalLM,
+                               transformers.AutoModelForImageTextToText)
+             if type(config) in auto._model_mapping
+             or auto.__name__ in (getattr(config, "auto_map", None) or {})]
+    if not found:
+        raise ValueError(f"{config.model_type!r} is no language model that transformers "
+                         f"{transformers.__version__} knows, neither causal nor of images and text")
+    return found
+
+
+def taken_for_experts(model, names: Iterable[str]) -> list[str]:
+    """List the names that PEFT, with transformers 5, takes for those of routed experts in this
+    architecture: for it an MLP's gate_proj is the experts' gate_up_proj, of transformers 4."""
+    kind = conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    fused = {"qwen2_moe": {"gate_proj", "up_proj", "down_proj", "gate"},
+             "mixtral": {"w1", "w2", "w3", "gate"}}
+    return sorted(fused.get(kind, set()) & {*names})
 
 
 def tiny_model(device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -130,21 +157,25 @@ def convert_gguf(file: Path, folder: str | Path) -> None:
     save_model(model.float(), tokenizer, folder)
 
 
-def use_attention(model, attend: Callable) -> None:
-    """Let attend compute the attention where the model's forward gets a plan; elsewhere sdpa does.
-    attend receives transformers' arguments and the plan."""
+def use_attention(model, attend: Callable | None) -> None:
+    """Let attend compute the text's attention where the model's forward gets a plan; elsewhere
+    sdpa does, and everywhere with None. attend receives transformers' arguments and the plan."""
     sdpa = transformers.AttentionInterface()["sdpa"]
 
     def choose(*args, plan=None, **kwargs):
         return attend(*args, plan=plan, **kwargs) if plan else sdpa(*args, **kwargs)
     transformers.AttentionInterface.register("flat", choose)
     transformers.AttentionMaskInterface.register("flat", sdpa_mask)
-    model.set_attn_implementation("flat")
+    name, text = "flat" if attend else "sdpa", model.config.get_text_config()
+    part = next((key for key in model.config.sub_configs
+                 if getattr(model.config, key, None) is text), None)
+    model.set_attn_implementation({part: name} if part else name)
 
 
 @contextlib.contextmanager
-def _readable_errors(name: str | Path) -> Iterator[None]:
-    """Turn the dozen kinds of errors of transformers into a ValueError with reason and fix."""
+def _readable_errors(name: str | Path, needed: str = "") -> Iterator[None]:
+    """Turn the dozen kinds of errors of transformers into a ValueError with reason and fix. needed:
+    the file that is read beside config.json, where it is not the weights."""
     folder = os.path.isdir(name) and Path(name)
     try:
         if folder:
@@ -157,7 +188,7 @@ def _readable_errors(name: str | Path) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             fix = ("That code was not run. If you trust it: train.py, inject.py and dataset.py run "
                    "it with --model.trust_remote_code=true")
-        elif folder and (damaged := _damaged(folder)):
+        elif folder and (damaged := _damaged(folder, needed)):
             fix = f"In this folder: {', '.join(damaged)}. Copy it again, whole."
         raise ValueError(f"model: could not load {str(name)!r}: {reason}\n  {fix}") from error
 
@@ -173,13 +204,13 @@ def _shards(folder):
         raise ValueError(f"{index.name} is no index of weights") from error
 
 
-def _damaged(folder):
+def _damaged(folder, needed):
     """List the files that are missing from a model folder or damaged: a copy was cut short."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-    needed = ["config.json", "tokenizer.json"]
+    expected = ["config.json"]
     with contextlib.suppress(ValueError):              # a damaged index is the reason already
-        needed += _shards(folder)
-    problems = [f"{n} is missing" for n in needed if files and not (folder / n).exists()]
+        expected += [needed] if needed else _shards(folder)
+    problems = [f"{n} is missing" for n in expected if files and not (folder / n).exists()]
     for file in files:
         try:
             if file.suffix == ".json":

@@ -29,21 +29,22 @@ from torch import nn
 
 from ..optim import copy_into
 from ..surgery import install
+from . import reach
 
 
 def quantise(model: nn.Module, kind: str, device: torch.device | str) -> list[str]:
-    """Move a dense model from the CPU to a device and quantise its linear layers except the head:
-    nf4, int8, or none, which only moves. Layers are quantised one by one on arrival, so the device
-    never holds the dense model. Returns the modules' paths; ValueError if there are none."""
+    """Move a dense model from the CPU to a device and quantise the linear layers of its text's
+    blocks: nf4, int8, or none, which only moves. Layers are quantised one by one on arrival, so
+    the device never holds the dense model. Returns their paths; ValueError if there are none."""
     if kind == "none":
         model.to(device)
         return []
-    bnb, head = _bitsandbytes(f'model.quant "{kind}"'), model.get_output_embeddings()
-    names = [name for name, module in model.named_modules()
-             if type(module) is nn.Linear and module is not head]
+    bnb, (usable, why) = _bitsandbytes(f'model.quant "{kind}"'), reach.candidates(model)
+    names = [name for name, module in usable.items()
+             if type(module) is nn.Linear and why.get(name) != reach.READ]
     if not names:
-        raise ValueError(f'quant: no nn.Linear but the head is here for "{kind}"; set model.quant '
-                         'to "none"')
+        raise ValueError(f'quant: the blocks have no nn.Linear for "{kind}"; set model.quant to '
+                         '"none"')
     for name in names:
         dense = model.get_submodule(name)
         layer = (_nf4 if kind == "nf4" else _int8)(bnb, dense)

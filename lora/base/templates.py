@@ -21,7 +21,8 @@ IN_USER = (  # in front of a template without a system turn: the text begins the
     "{% if messages and messages[0]['role'] == 'system' %}{% set messages = [{'role': 'user', "
     "'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}"
     "{% endif %}")
-OPEN_THOUGHT = re.compile(r"[<\[](?!/)\S*(think|thought|reason)\S*[>\]]\s*$", re.I)
+THOUGHT = r"(?i:[<\[]/?[^\s<>]*(?:think|thought|reason)[^\s<>]*[>\]])"
+OPEN_THOUGHT = re.compile(rf"(?![<\[]/){THOUGHT}\s*$")
 IN_PARTS = (  # in front of a template that reads a list of parts
     "{% set as_parts = namespace(list=[]) %}{% for m in messages %}{% set as_parts.list = "
     "as_parts.list + [{'role': m['role'], 'content': [{'type': 'text', 'text': m['content']}]}] %}"
@@ -30,11 +31,14 @@ IN_PARTS = (  # in front of a template that reads a list of parts
 
 def write(messages: list[dict], tokenizer, prompt: bool = False) -> str:
     """Render messages with the tokenizer's template; with prompt, up to where the next answer
-    begins. The first message may carry the conversation's "tools". Raises ValueError if the
-    template refuses the messages."""
+    begins. Messages may carry the conversation's "tools". Raises ValueError if the template
+    refuses the messages."""
+    tools = next((m["tools"] for m in messages if "tools" in m), None)
+    if tools:                                          # no part of a message, for a template
+        messages = [{key: m[key] for key in m if key != "tools"} for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt,
-                                             tools=messages[0].get("tools"))
+                                             tools=tools)
     except Exception as error:              # transformers' sandbox, or an error of the template
         raise ValueError(f"the chat template refuses it: {error}") from error
 
@@ -108,7 +112,8 @@ class Frame(NamedTuple):
     """What a template writes around an answer."""
 
     before: str                   # between the prompt and the answer: "<think>\n\n</think>\n\n"
-    end: str                      # what ends it: "<|im_end|>"
+    thought: tuple[str, str]      # what begins and ends a thought or names a channel; "": nothing
+    end: str                      # what ends the answer: "<|im_end|>"
     known: bool                   # False: the template writes no end; it is the eos token
 
 
@@ -128,20 +133,25 @@ def _frame(tokenizer, template, eos):
     before = ""
     if one.startswith(prompt) and ANSWER in one[len(prompt):]:
         before = one[len(prompt):].partition(ANSWER)[0]
+    tags, opened = re.findall(r"<[^<>\n]+>|\[[^\[\]\n]+\]", before), OPEN_THOUGHT.search(prompt)
+    thought = (tags[0], tags[-1]) if tags else ("", "")
+    if opened and not tags:
+        opening = opened[0].strip()
+        thought = ("", f"{opening[0]}/{opening[1:]}")
     specials = special_texts(tokenizer)
     for text in (commonprefix([tail, gap]), tail, gap):
         places = [(text.find(token), token) for token in specials if token in text]
         if places:
             at, token = min(places, key=lambda place: (place[0], -len(place[1])))
             if not text[:at].strip():
-                return Frame(before, text[:at] + token, True)
+                return Frame(before, thought, text[:at] + token, True)
     for text in (commonprefix([tail, gap]), tail):
         if text.strip() and len(text.split()) < 8:    # more is the text of a classifier
-            return Frame(before, text.rstrip(), True)
+            return Frame(before, thought, text.rstrip(), True)
     if not eos:
         raise ValueError("dataset: the chat template ends an answer with nothing the model could "
                          'learn to stop at; set dataset.format to "plain".')
-    return Frame(before, eos, False)
+    return Frame(before, thought, eos, False)
 
 
 def special_texts(tokenizer) -> set[str]:
@@ -150,11 +160,29 @@ def special_texts(tokenizer) -> set[str]:
     return texts | ({tokenizer.eos_token} if tokenizer.eos_token else set())
 
 
-def shown(text: str, tokenizer) -> str:
-    """An answer without what the template itself writes in front of it: an empty thought, the name
-    of a channel; a thought that the model wrote there goes too."""
-    marks = re.findall(r"<[^<>\n]+>|\[[^\[\]\n]+\]", frame(tokenizer).before)
-    return text.rpartition(marks[-1])[2] if marks else text
+def shown(ids: list[int], tokenizer) -> str:
+    """An answer's text without what the template itself writes in front of it, an empty thought or
+    the name of a channel; a thought that the model wrote there goes too. A thought that has not
+    ended is shown as it is."""
+    start, end = frame(tokenizer).thought
+    if not end:
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    text = tokenizer.decode(ids).rpartition(end)[2]
+    for token in special_texts(tokenizer) if "<" in text or "[" in text else ():
+        text = text.replace(token, "")
+    return text.strip()
+
+
+def is_thought(tokenizer, token: int) -> bool:
+    """Whether a control token begins or ends a thought, which an answer may hold: <think>."""
+    return re.fullmatch(THOUGHT, tokenizer.decode([token])) is not None
+
+
+def is_thinking(ids: list[int], tokenizer) -> bool:
+    """Whether an answer has begun with a thought, or a channel, that has not ended."""
+    start, end = frame(tokenizer).thought
+    text = tokenizer.decode(ids).lstrip()
+    return bool(end) and end not in text and (text.startswith(start) or start.startswith(text))
 
 
 # ----- samples -----------------------------------------------------------------------------------
@@ -193,31 +221,37 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
 
 def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
     """Return (prompt, answer, end) of message i: the texts that chat sends, that the model learns,
-    and that stop it. Raises ValueError if the template begins the answer in a way that the message
-    does not go on."""
-    around = frame(tokenizer)
+    and that stop it. Raises ValueError if the template does not write the answer, or begins it in a
+    way that the message does not go on."""
+    end = frame(tokenizer).end
     prompt = write(messages[:i], tokenizer, prompt=True)
     history = write(messages[:i + 1], tokenizer)
     content = (messages[i].get("content") or "").strip()
-    if history.startswith(prompt):
-        rest = history[len(prompt):]
-        at = rest.find(content, len(around.before) if rest.startswith(around.before) else 0)
-        at = rest.find(around.end, max(0, at) + len(content) if at >= 0 else 0)
-        return prompt, (rest[:at] if at >= 0 else rest.rstrip()) or content, around.end
     common = len(commonprefix([prompt, history]))
+    at = history.rfind(content)
+    if common < len(prompt) and at < common <= at + len(content):
+        common = at                                   # the answer begins as the prompt goes on
+    question = messages[i - 1].get("content") or ""
+    if "".join(question.split()) not in "".join(prompt.split()):
+        raise ValueError(f"the chat template does not write message {i}, {question[:40]!r}: the "
+                         f"prompt ends in {prompt[-40:]!r}")
     begun, written = prompt[common:], history[common:]
     thought = OPEN_THOUGHT.search(begun)
     if thought and content.startswith(thought[0].strip()):
-        return prompt, content[len(thought[0].strip()):].lstrip("\n"), around.end
+        return prompt, content[len(thought[0].strip()):].lstrip("\n"), end
+    where = f"the prompt ends in {prompt[-40:]!r}, where the history holds {written[:40]!r}"
     if thought:
-        raise ValueError(
-            f"the prompt ends in {begun[-40:]!r}, where the history holds {written[:40]!r}: the "
-            f"model begins with a thought, and the answer has none. Write it into the data, "
-            f"{thought[0].strip()}...; or switch thoughts off with dataset.template_vars")
-    if content not in written:                        # its visible part alone, behind a thought
-        visible = written.partition(around.end)[0].strip()
-        if visible and content.endswith(visible):
-            return prompt, visible, around.end
-        raise ValueError(f"the chat template does not write the answer {content[:40]!r}; the "
-                         f"prompt ends in {begun[-40:]!r}, the history holds {written[:40]!r}")
-    return prompt, content, around.end
+        raise ValueError(f"{where}: the model begins with a thought, and the answer has none. "
+                         f"Write it into the data, {thought[0].strip()}...; or switch thoughts off "
+                         "with dataset.template_vars")
+    behind = written.find(content) + len(content) if content in written else 0
+    at = written.find(end, behind)
+    body = written[:at] if at >= 0 else written.rstrip()
+    if not body.strip() and not begun:                # a template that waits for the next turn
+        return prompt, content, end
+    visible, whole = "".join(body.split()), "".join(content.split())
+    if whole not in visible and not (visible and whole.endswith(visible)):
+        raise ValueError(f"the chat template does not write the answer {content[:40]!r}: {where}")
+    if begun:                                         # the prompt has an empty thought or channel
+        body = content if whole and whole in visible else body.strip()
+    return prompt, body, end

@@ -30,9 +30,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..generate import traits
 from ..loss import IGNORE_INDEX, Batch, logits_at
+from ..surgery import find_blocks, text_ids
 
 GROUP_COST = 16                   # in tokens: a group's own attention calls
+ROUNDINGS = 2                     # logits may differ by this many roundings of the embeddings
 
 
 class Cell(NamedTuple):
@@ -156,41 +159,94 @@ class Unsupported(ValueError):
 
 @torch.no_grad()
 def enable(model, use_attention: Callable) -> None:
-    """Let model take flat batches; padded ones work as before. A few tokens are tried at once:
-    raises Unsupported, and changes nothing, if a sample does not get the logits it has alone.
-    use_attention is that of lora/base/load.py: one room does not import another."""
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        raise Unsupported(f"its attention is {before}, not sdpa")
-    v = model.config.get_text_config().vocab_size
-    n, random = min(40, v // 4), torch.Generator().manual_seed(0)
-    ids = torch.randperm(v, generator=random)[:4 * n].view(4, n)
+    """Let model take flat batches; padded ones work as before. Raises Unsupported, and changes
+    nothing, where something beside attention with a plan looks across tokens, or where a few
+    tokens tried at once do not get the logits they have alone. use_attention is that of
+    lora/base/load.py: one room does not import another."""
+    if reason := _structure(model):
+        raise Unsupported(reason)
+    random = text_ids(model, 160)
+    n = len(random) // 4
+    ids = random[:4 * n].view(4, n)
     ids[1:3, :n // 2] = ids[0, :n // 2]                       # three share half, the last nothing
     items = [{key: row[:n - 2 * i] for key in ("input_ids", "labels")}
              for i, row in enumerate(ids.tolist())]
-    alone = torch.cat([logits_at(model, Batch(
-        {"input_ids": torch.tensor([item["input_ids"][:-1]], device=model.device)},
-        torch.arange(len(item["labels"]) - 1, device=model.device), None)) for item in items])
-    use_attention(model, attend)
+    alone, windows = _alone(model, items), set()
+
+    def noted(*args, **kwargs):
+        windows.add(kwargs.get("sliding_window"))
+        return attend(*args, **kwargs)
     try:
+        use_attention(model, noted)
         batch = flatten(items, model.device)
         together = logits_at(model, batch)
     except Exception as error:                                # whatever its forward cannot take
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"its forward takes no plan ({type(error).__name__}: {error})"
     else:
         labels = torch.tensor([label for item in items for label in item["labels"][1:]])
         order = batch.targets.argsort(stable=True), labels.argsort(stable=True)   # same labels
-        apart = (together[order[0]] - alone[order[1]]).abs().mean() / alone.std()
-        reason = "" if apart < 10 * torch.finfo(model.dtype).eps ** 0.75 else \
-            f"its logits differ by {apart:.1e} standard deviations"
+        reason = _unplanned(model, windows) or _apart(
+            together[order[0]], alone[order[1]], _rounding(model, items, alone))
+    use_attention(model, None if reason else attend)
     if reason:
-        model.set_attn_implementation(before)
         raise Unsupported(reason)
+
+
+def _structure(model):
+    """Say what in a model looks across tokens beside full and sliding attention; "" if nothing."""
+    config, blocks = model.config.get_text_config(), find_blocks(model)[1]
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention",
+                                                               "sliding_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    convolutions = {type(m).__name__ for m in blocks.modules()
+                    if "conv" in type(m).__name__.lower()} - {"Conv1D"}
+    if convolutions:
+        return f"its blocks have convolutions: {', '.join(sorted(convolutions))}"
+    if not traits(model).attends:
+        return "its cache is not one of keys and values alone"
+    name = config._attn_implementation
+    return "" if name == "sdpa" else f"its attention is {name}, not sdpa"
+
+
+def _alone(model, items):
+    """The logits of all positions that have a label, each item run by itself."""
+    return torch.cat([logits_at(model, Batch(
+        {"input_ids": torch.tensor([item["input_ids"][:-1]], device=model.device)},
+        torch.arange(len(item["labels"]) - 1, device=model.device), None)) for item in items])
+
+
+def _unplanned(model, windows):
+    """Say what kept the plan, or a window, from the attention; "" if nothing did. windows: what
+    attend() was given; the model's cache has those it should be given."""
+    if not windows:
+        return f"{type(find_blocks(model)[1][0]).__name__} does not give the plan to its attention"
+    wanted = traits(model).windows
+    return "" if wanted == windows - {None} else \
+        f"its attention is not told its window of {', '.join(map(str, wanted))} tokens"
+
+
+def _rounding(model, items, alone):
+    """How far logits move when the embeddings are rounded otherwise, in their own dtype."""
+    random = torch.Generator().manual_seed(0)
+
+    def jitter(_, given, hidden):
+        by = torch.rand(hidden.shape, generator=random).to(hidden.device) - 0.5
+        return (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * by)).to(hidden.dtype)
+    with model.get_input_embeddings().register_forward_hook(jitter):
+        return float((_alone(model, items) - alone).float().abs().mean())
+
+
+def _apart(one, other, rounding):
+    """Say by how much logits differ, where rounding does not explain it; "" where it does."""
+    apart = float((one - other).float().abs().mean())
+    return "" if apart <= ROUNDINGS * rounding else \
+        f"its logits differ by {apart / float(other.float().std()):.1e} standard deviations"
 
 
 def drops(model) -> bool:
     """Whether the model has dropout anywhere, in the adapter or in the base."""
-    return bool(getattr(model.config, "attention_dropout", 0)) or any(
+    return bool(getattr(model.config.get_text_config(), "attention_dropout", 0)) or any(
         isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
 
 

@@ -8,7 +8,12 @@ follow cheaply from x, gate and up. For a Llama block that is a quarter of what 
 Chen et al. 2016, arXiv:1604.06174, section 4: drop what is cheap to compute again.
 """
 
+import inspect
+
 import torch
+from torch.nn import Parameter
+
+from ..layer import linear_size
 
 
 class RMSNorm(torch.autograd.Function):
@@ -58,10 +63,8 @@ def fuse(model) -> int:
     norms' weights must be frozen: they get no gradient."""
     changed, dtype = 0, next(p.dtype for p in model.parameters())         # of hidden states
     for module in model.modules():
-        for forward in _candidates(module):
-            like = next(module.parameters())
-            d = like.shape[-1] if like.dim() == 1 else module.gate_proj.in_features
-            x = torch.randn(1, 4, d, device=like.device).to(dtype)
+        for d, device, forward in _candidates(module):
+            x = torch.randn(1, 4, d, device=device).to(dtype)
             if torch.equal(forward(x), module.forward(x)):
                 module.forward = forward
                 changed += 1
@@ -70,11 +73,21 @@ def fuse(model) -> int:
 
 
 def _candidates(module):
-    """Yield the forwards that may compute what this module's does."""
+    """Yield (width and device of x, forward) of the forwards that may compute what this does."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if type(module).__name__.endswith("RMSNorm") and eps and not module.weight.requires_grad:
-        yield lambda x: RMSNorm.apply(x, module.weight, eps, False)
-        yield lambda x: RMSNorm.apply(x, module.weight, eps, True)
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        yield lambda x: module.down_proj(
+    weight = getattr(module, "weight", None)                  # a norm may have none
+    if (type(module).__name__.endswith("RMSNorm") and eps and isinstance(weight, Parameter)
+            and weight.dim() == 1 and not weight.requires_grad and _takes_one(module)):
+        for plus_one in (False, True):
+            yield len(weight), weight.device, lambda x, plus_one=plus_one: RMSNorm.apply(
+                x, module.weight, eps, plus_one)
+    gate = getattr(module, "gate_proj", None)
+    if (all(hasattr(module, name) for name in ("up_proj", "down_proj", "act_fn"))
+            and linear_size(gate) and _takes_one(module)):
+        yield linear_size(gate)[0], gate.weight.device, lambda x: module.down_proj(
             Gate.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))
+
+
+def _takes_one(module):
+    """Whether a module's forward takes one argument: the replacement takes no more."""
+    return len(inspect.signature(module.forward).parameters) == 1

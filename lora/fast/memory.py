@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..generate import PREFILL
 from ..loss import CHUNK, Batch, ce_sum
+from ..surgery import text_ids
 
 ROWS = 64                         # prompts that an evaluation answers at once
 
@@ -57,13 +58,21 @@ def evaluation(model, rows: int, length: int) -> int:
     prompts at once, length tokens each with the answer: keys and values of all, one block's
     activations of the tokens in one forward, float32 logits of the last position and a copy."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_token = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    wide = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None)
-                                         or 4 * config.hidden_size)
-    return (config.num_hidden_layers * per_token * head.itemsize * rows * length
-            + wide * head.itemsize * min(rows * length, PREFILL) + 8 * rows * len(head))
+    widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = 4 * config.hidden_size + 3 * (max(widths) if isinstance(widths, list) else widths)
+    return (_cached(model) * rows * length + wide * head.itemsize * min(rows * length, PREFILL)
+            + 8 * rows * len(head))
+
+
+@torch.no_grad()
+def _cached(model):
+    """Count the bytes of keys and values that the model keeps for a token, by trying a few."""
+    ids, was = text_ids(model, 8)[None], model.training
+    cache = getattr(model.eval()(input_ids=ids), "past_key_values", None)
+    model.train(was)
+    return sum(x.nbytes for layer in getattr(cache, "layers", [])
+               for name in ("keys", "values")
+               if torch.is_tensor(x := getattr(layer, name, None))) / ids.numel()
 
 
 def report(model, probe: Batch, batch: Batch, lean: bool = True, rows: int = 0,

@@ -47,8 +47,8 @@ def about_data(s, train: list[dict], val: list[dict]) -> list[str]:
     """List what goes wrong with examples and the train section s, whatever the model."""
     n = len(train)
     steps = s.max_steps or max(1, round(epochs_of(s, n) * math.ceil(n / s.batch_size)))
-    notes = []
-    if steps <= s.warmup_steps:
+    notes, has_texts = [], any(e["messages"][0]["role"] == "text" for e in train)
+    if steps <= s.warmup_steps and not has_texts:             # a text becomes many samples
         notes.append(f"{steps} steps are no more than the {s.warmup_steps} of the warm-up: the "
                      "learning rate never gets to its peak; more train.epochs, or "
                      "train.warmup_steps=0")
@@ -81,9 +81,11 @@ def about_format(formats: dict[str, Callable], format: str, tokenizer,
         return ['format is "chatml", but this model has no ChatML tokens: <|im_end|> is '
                 f'{sizes[1]} tokens it never saw end a turn. "plain" suits a base model better.']
     bare = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    first = next((e["messages"] for e in examples if not any(
+        m["role"] in ("text", "tool") or "tool_calls" in m for m in e["messages"])), bare)
     sentences = []
     if format == "template" and sizes == [1, 1]:
-        for label, messages in (("the first example", examples[0]["messages"]),
+        for label, messages in (("the first example", first),
                                 ("a dialogue without system prompt", bare)):
             ours, theirs = ("".join(text for text, _ in write(messages, tokenizer))
                             for write in (formats["chatml"], formats["template"]))

@@ -141,7 +141,8 @@ def data_identity(examples: tuple[list[dict], list[dict]], tokenizer, format: st
     """Return what tells one run's data, (training, validation) examples, from another's. system is
     the system prompt that most training examples have, or None; systems counts the different."""
     firsts = [example["messages"][0] for example in examples[0]]
-    systems = Counter(m["content"] if m["role"] == "system" else None for m in firsts)
+    systems = Counter(m["content"] if m["role"] == "system" else None for m in firsts
+                      if m["role"] != "text") or Counter([None])
     return {"system": systems.most_common(1)[0][0], "systems": len(systems), "format": format,
             "template": digest(tokenizer.chat_template or ""),
             "data": digest([e["messages"] for part in examples for e in part])}

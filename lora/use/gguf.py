@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-                 "gemma3_text": "gemma3"}          # model_type: llama.cpp's name, for an adapter
+                 "gemma3_text": "gemma3",          # model_type: llama.cpp's name, for an adapter
+                 "gemma3": "gemma3"}               # sees too; its text is written
 WHOLE = ("llama", "qwen2", "qwen3")                # those of which a whole model is written
 CONVERTER = ("Merge into a folder (python -m scripts.merge RUN --out FOLDER) and convert that with "
              "llama.cpp: python convert_hf_to_gguf.py FOLDER --outtype f16")
@@ -133,10 +134,12 @@ def _names(config, modules):
                          f"{', '.join(ARCHITECTURES)}. llama.cpp has its own converter: export "
                          "--to peft, then python convert_lora_to_gguf.py FOLDER --base MODEL")
     arch, = (a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == ARCHITECTURES[kind])
-    table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    text = config.get("text_config") or config
+    table = gguf.get_tensor_name_map(arch, text["num_hidden_layers"])
     names = {}
     for name in modules:
         full = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        full = full.replace("model.language_model.", "model.")
         names[name] = table.get_name(full, try_suffixes=(".weight", ".bias"))
         if names[name] is None or name == "lm_head" and config.get("tie_word_embeddings"):
             raise ValueError(f"gguf: {name} has no place in a {kind} file of llama.cpp")

@@ -4,6 +4,7 @@ Who reads an adapter, and with what strength; and its portable form, which all r
     PEFT, transformers, vLLM   scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
     llama.cpp                  scaling = lora_alpha / r, whatever the file says of rsLoRA or modules
     portable(model)            the same updates, written as one whole lora_alpha / one r
+    fit(folder, base)          the names that the published class has for the adapted modules
 
 The rules were read in the readers' code. PEFT, transformers and llama.cpp are also run, in tests/;
 mlx-lm 0.32.2 was run by hand.
@@ -20,17 +21,37 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .. import adapter, files
-from ..surgery import block_numbers, lora_layers, split_path
+from ..surgery import block_numbers, find_blocks, lora_layers, split_path
 from .gguf import ARCHITECTURES
 
 LOADS, OTHER, REFUSED = "loads", "loads with another strength", "refused"
+IGNORED = "ignored"                                     # without an error
 READERS = ("PEFT", "transformers", "vLLM", "llama.cpp", "Ollama", "mlx-lm")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)     # what vLLM's --max-lora-rank may be
+
+# Of these checkpoints AutoModelForCausalLM gives a text-only class, whose text is at "model"; here
+# is where the class that config.json names, which servers load, has it.
+TEXT_AT = {f"{name}ForConditionalGeneration": place for name, place in {
+    "Dots3Note": "model.language_model", "Emu3": "model.text_model",
+    "Llama4": "language_model.model", "Mllama": "model.language_model",
+    "Qwen3_5": "model.language_model", "Qwen3_5Moe": "model.language_model",
+    "Qwen4Exp": "model.language_model"}.items()}
+# Of these model types PEFT takes modules with the names in EXPERTS for parts of routed experts, and
+# leaves those alone that are none (peft/utils/transformers_weight_conversion.py).
+PEFT_MIXES = frozenset("""
+afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo
+glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum
+olmoe qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open
+""".split())
+# Of these PEFT renames some tensors as if they were the base's, and finds no module for them.
+PEFT_LOSES = frozenset(("deepseek_ocr2", "inkling2", "inkling2_text", "laguna", "mistral_large4",
+                        "unlimited_ocr"))
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
 class Verdict(NamedTuple):
     reader: str
-    verdict: str                                        # LOADS, OTHER or REFUSED
+    verdict: str                                        # LOADS, OTHER, IGNORED or REFUSED
     because: str
     fix: str = ""
 
@@ -54,11 +75,22 @@ def verdicts(config: dict, shapes: dict[str, tuple], base: dict, run: str = "run
     weak = f" ({math.sqrt(r or 1):.3g} times too weak)" if "use_rslora" in config else ""
     tied = base.get("tie_word_embeddings") and any(".lm_head." in key for key in shapes)
     kind, export = base.get("model_type"), f"python -m scripts.export {run} --to"
+    text_only = any(key != published(key, base) for key in shapes)
+    others = f"names of the text-only class; {class_of(base)} has others"
+    mixed = any(f"{path}.weight" not in config.get("target_parameters", ()) for path in
+                _paths(shapes) if _mixed(path, base))
     add = "write what training used into adapter_config.json"
     rules = [  # readers, whether it holds, verdict, because, fix
         (READERS, not r, REFUSED, "it holds no lora_A", "train again: nothing was adapted"),
         (("PEFT", "transformers"), "peft_type" not in config, REFUSED, "no peft_type", add),
         (("PEFT", "transformers"), missing, OTHER, f"no {missing}: PEFT takes its defaults", add),
+        (READERS[:2], text_only, IGNORED, f"{others}; AutoModelForCausalLM reads it",
+         f"{export} peft"),
+        (("vLLM",), text_only, IGNORED, others, f"{export} vllm"),
+        (READERS[:2], mixed, OTHER, f"of {kind} PEFT takes gate_proj, up_proj and down_proj for "
+         "routed experts, and leaves out those that are none", f"{export} peft"),
+        (READERS[:2], kind in PEFT_LOSES, OTHER, f"of {kind} PEFT ignores some layers",
+         "serve the merged model"),
         (("vLLM",), missing, REFUSED, f"no {missing}", add),
         (("llama.cpp",), "lora_alpha" not in config, REFUSED, "no lora_alpha", add),
         (("vLLM", "llama.cpp"), more, REFUSED, f"it holds {more}",
@@ -88,7 +120,7 @@ def verdicts(config: dict, shapes: dict[str, tuple], base: dict, run: str = "run
 
 def _verdict(reader, rules, note):
     """The worst verdict of the rules that hold for a reader, with all its reasons and fixes."""
-    for worst in (REFUSED, OTHER):
+    for worst in (REFUSED, IGNORED, OTHER):
         reasons = {because: fix for readers, holds, verdict, because, fix in rules
                    if reader in readers and holds and verdict == worst}
         if reasons:
@@ -100,6 +132,50 @@ def _verdict(reader, rules, note):
 def vllm_rank(r: int) -> int:
     """The --max-lora-rank to serve rank r with: the smallest that fits, at least vLLM's 16."""
     return next((n for n in VLLM_RANKS if n >= max(r, 16)), VLLM_RANKS[-1])
+
+
+def class_of(base: dict) -> str:
+    """The class that a config.json names, "" if none."""
+    return next(iter(base.get("architectures") or ()), "")
+
+
+def published(name: str, base: dict) -> str:
+    """The name that a module, or a tensor of an adapter, has in the class that the base's
+    config.json names; another than ours if that one also sees or hears and ours is text alone."""
+    place = TEXT_AT.get(class_of(base))
+    prefix = adapter.PREFIX if name.startswith(adapter.PREFIX) else ""
+    if place and name.startswith(f"{prefix}model.layers."):
+        return f"{prefix}{place}{name.removeprefix(f'{prefix}model')}"
+    return name
+
+
+def fit(folder: Path | str, base: dict, for_peft: bool = False) -> None:
+    """Give the tensors of an adapter the names that the published class has for them, and name the
+    modules whole: a vision tower may have some of the same short name. for_peft: what PEFT would
+    take for routed experts is named as parameters, which it leaves alone."""
+    folder = Path(folder)
+    config, tensors = adapter.read(folder)
+    renamed = {published(key, base): tensor for key, tensor in tensors.items()}
+    paths = _paths(renamed)
+    mixed = {path for path in paths if for_peft and _mixed(path, base)}
+    if renamed.keys() == tensors.keys() and not mixed:
+        return
+    config |= {"target_modules": sorted(paths - mixed), "layers_to_transform": None}
+    if mixed:                                   # PEFT takes no dropout with parameters
+        config |= {"target_parameters": sorted(f"{path}.weight" for path in mixed),
+                   "lora_dropout": 0.0}
+    save_file(renamed, folder / adapter.WEIGHTS, metadata={"format": "pt"})
+    files.write(folder / adapter.CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _paths(keys):
+    """The module paths of an adapter's tensors."""
+    return {key.removeprefix(adapter.PREFIX).partition(".lora_")[0] for key in keys}
+
+
+def _mixed(path, base):
+    """Whether PEFT takes a module for a part of routed experts."""
+    return base.get("model_type") in PEFT_MIXES and path.rpartition(".")[2] in EXPERTS
 
 
 def portable(model: torch.nn.Module) -> None:
@@ -124,7 +200,7 @@ def portable(model: torch.nn.Module) -> None:
 def save_mlx(model: torch.nn.Module, folder: Path, base_name: str) -> None:
     """Write a portable adapter as mlx-lm lays it out: y = W x + scale (x lora_a) lora_b, with
     lora_a (d_in, r) and lora_b (r, d_out), in the last num_layers blocks."""
-    layers, tensors, depth = lora_layers(model), {}, model.config.num_hidden_layers
+    layers, tensors, depth = lora_layers(model), {}, len(find_blocks(model)[1])
     for name, layer in layers.items():
         tensors[f"{name}.lora_a"] = layer.lora_A.detach().cpu().T.contiguous()
         tensors[f"{name}.lora_b"] = layer.lora_B.detach().cpu().T.contiguous()

@@ -86,18 +86,19 @@ class Copies:
     def of(self, text: str) -> list[tuple[int, int, str]]:
         """[(start, end, name of the source)] of all stretches of at least size characters that
         are not part of a longer one, in order."""
-        stretches, done = [], 0
+        found = {}
         for i in range(len(text) - self.block + 1):
-            best = (0, 0, None)
             for name, at in self.index.get(text[i:i + self.block], ()):
                 source = self.sources[name]
                 start = i - len(commonprefix([text[:i][::-1], source[:at][::-1]]))
                 end = i + len(commonprefix([text[i:], source[at:]]))
-                if end - start > best[1] - best[0]:
-                    best = (start, end, name)
-            if best[1] - best[0] >= self.size and best[1] > done:
-                stretches = [s for s in stretches if s[0] < best[0]] + [best]
-                done = best[1]
+                if end - start >= self.size:
+                    found.setdefault((start, end), name)
+        stretches, done = [], 0
+        for start, end in sorted(found, key=lambda pair: (pair[0], -pair[1])):
+            if end > done:
+                stretches.append((start, end, found[start, end]))
+                done = end
         return stretches
 
 
