@@ -1,5 +1,7 @@
 """Chat templates of every class that people use: each answer behind the prompt that chat sends."""
 
+import shutil
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -8,9 +10,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import dataset
+import train
 from dataset import QADataset
-from lora.base import templates
+from lora import config
+from lora.base import load, templates
 from measure import Voice
+from scripts import doctor
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -214,6 +219,7 @@ def test_a_dialogue_on_a_rewriting_template_trains_all_its_answers(loss_on, want
     tokenizer = prepared(RIGHT["history rewritten"])
     made = QADataset([{"messages": talk(*"abcdefgh"), "source": "a:1"}], tokenizer, loss_on=loss_on)
     assert len(made) == wanted and len(made.examples) == 1
+    assert doctor.count_answers(made) == wanted
     assert [e["messages"][-1]["content"] for e in made.examples] == ["h"]
 
 
@@ -302,3 +308,23 @@ def test_harmony_trains_every_answer():
     templates.prepare(tokenizer)
     for messages in TALKS:
         assert_trained_as_sent(tokenizer, messages)
+
+
+# ----- a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_date_of_its_first_day(tmp_path, tiny_folder):
+    folder = tmp_path / "dated"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = load.load_tokenizer(folder)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
+    tokenizer.save_pretrained(folder)
+    settings = config.Config()
+    first, pinned = train.load_tokenizer(str(folder), settings)
+    assert pinned.dataset.date == str(date.today()) and settings.dataset.date is None
+    old = replace(pinned, dataset=replace(pinned.dataset, date="2026-01-31"))
+    again, kept = train.load_tokenizer(str(folder), old)       # a run that is resumed
+    assert kept == old and templates.write(talk("Hi"), again).startswith("2026-01-31<|im_start|>")
+    assert templates.write(talk("Hi"), first).startswith(pinned.dataset.date)
+    _, plain = train.load_tokenizer(str(tiny_folder), settings)
+    assert plain == settings                                   # no date, no setting
