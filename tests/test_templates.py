@@ -159,7 +159,7 @@ def test_an_open_thought_refuses_answers_without_once():
     assert line.startswith("dataset: a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5 and 187 "
                            "more: the prompt ends in ")
     assert "<think>\\n', where the history holds \"It's 1<|im_end|>" in line
-    assert "Write it into the data" in line and "dataset.template_vars" in line
+    assert "Write it into the data" in line and "template_vars (the template reads none)" in line
 
 
 def test_a_variable_switches_thoughts_off_everywhere():

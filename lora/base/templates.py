@@ -1,8 +1,8 @@
 """
 What a chat template writes: its prompts, its answers, and what ends them.
 
-    notes = prepare(tokenizer, {"enable_thinking": False}, "2026-11-25")   # once, after loading
-    for pieces in samples(messages, tokenizer): ...     # [("<|im_start|>user...", False), ...]
+    prepare(tokenizer, {"enable_thinking": False}, "2026-11-25")   # once, after loading
+    samples(messages, tokenizer)   # [[("<|im_start|>user...", False), ("Hello!<|im_end|>", True)]]
 
 Templates differ: some rewrite earlier answers, some begin an answer in the prompt, some end it only
 when another turn follows. So every answer stands behind exactly the prompt that chat sends at its
@@ -61,9 +61,9 @@ def prepare(tokenizer, variables: dict[str, Any] | None = None, day: str | None 
     text = tokenizer.chat_template
     if unread := [name for name in variables or {}
                   if not (name.isidentifier() and re.search(rf"\b{name}\b", text))]:
-        known = sorted({*re.findall(r"(\w+) is (?:not )?defined", text)} - {"tools"})
         raise ValueError(f"dataset.template_vars: the chat template does not read "
-                         f"{', '.join(unread)}; it reads {', '.join(known) or 'none'}")
+                         f"{', '.join(unread)}; it reads "
+                         f"{', '.join(variables_of(tokenizer)) or 'none'}")
     tokenizer.chat_template = "".join(
         f"{{% set {name} = {value!r} %}}" for name, value in (variables or {}).items()
     ) + text
@@ -77,6 +77,12 @@ def prepare(tokenizer, variables: dict[str, Any] | None = None, day: str | None 
     with_system = [{"role": "system", "content": SYSTEM}, *MARKED]
     if USER in _try(MARKED, tokenizer) and SYSTEM not in _try(with_system, tokenizer):
         tokenizer.chat_template = IN_USER + tokenizer.chat_template
+
+
+def variables_of(tokenizer) -> list[str]:
+    """The variables that the template asks for, apart from those that it gets anyway."""
+    names = {*re.findall(r"(\w+) is (?:not )?defined", tokenizer.chat_template)}
+    return sorted(names - {"tools", "add_generation_prompt", "messages", "bos_token"})
 
 
 def has_no_system_turn(tokenizer) -> bool:
@@ -164,7 +170,7 @@ def shown(ids: list[int], tokenizer) -> str:
     """An answer's text without what the template itself writes in front of it, an empty thought or
     the name of a channel; a thought that the model wrote there goes too. A thought that has not
     ended is shown as it is."""
-    start, end = frame(tokenizer).thought
+    _, end = frame(tokenizer).thought
     if not end:
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
     text = tokenizer.decode(ids).rpartition(end)[2]
@@ -197,22 +203,21 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     template writes the earlier ones as it wrote them first; where it rewrites them (Qwen3 drops
     thoughts), each has its own. Raises ValueError if an answer cannot follow its prompt.
     """
-    answers = [(i, *answer(messages, i, tokenizer)) for i, m in enumerate(messages)
-               if m["role"] == "assistant"]
+    answers = [answer(messages, i, tokenizer) for i, message in enumerate(messages)
+               if message["role"] == "assistant"]
     whole, found, left = write(messages, tokenizer), [], list(answers)
     while left:
-        _, prompt, body, end = left[-1]
+        prompt, body, end = left[-1]
         text, pieces, done = prompt + body + end, [], 0
         if len(left) == len(answers) and whole.startswith(text):
             text = whole                              # with what follows the last answer
         alone = []
-        for one in left:
-            _, prompt, body, end = one
+        for prompt, body, end in left:
             if text.startswith(prompt + body + end) and len(prompt) >= done:
                 pieces += [(text[done:len(prompt)], False), (body + end, True)]
                 done = len(prompt + body + end)
             else:
-                alone.append(one)
+                alone.append((prompt, body, end))
         pieces.append((text[done:], False))
         found.insert(0, pieces)
         left = alone
@@ -231,10 +236,11 @@ def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
     at = history.rfind(content)
     if common < len(prompt) and at < common <= at + len(content):
         common = at                                   # the answer begins as the prompt goes on
-    question = messages[i - 1].get("content") or ""
-    if "".join(question.split()) not in "".join(prompt.split()):
-        raise ValueError(f"the chat template does not write message {i}, {question[:40]!r}: the "
-                         f"prompt ends in {prompt[-40:]!r}")
+    question = messages[i - 1]
+    if question["role"] == "user" and (
+            "".join(question["content"].split()) not in "".join(prompt.split())):
+        raise ValueError(f"the chat template does not write message {i}, "
+                         f"{question['content'][:40]!r}: the prompt ends in {prompt[-40:]!r}")
     begun, written = prompt[common:], history[common:]
     thought = OPEN_THOUGHT.search(begun)
     if thought and content.startswith(thought[0].strip()):
@@ -243,7 +249,8 @@ def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
     if thought:
         raise ValueError(f"{where}: the model begins with a thought, and the answer has none. "
                          f"Write it into the data, {thought[0].strip()}...; or switch thoughts off "
-                         "with dataset.template_vars")
+                         f"with dataset.template_vars (the template reads "
+                         f"{', '.join(variables_of(tokenizer)) or 'none'})")
     behind = written.find(content) + len(content) if content in written else 0
     at = written.find(end, behind)
     body = written[:at] if at >= 0 else written.rstrip()
