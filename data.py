@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora.read import messages as read
+from lora.read.facts import REWORDED
 from lora.read.messages import check, group_by, is_text, new_example, plain, said
 
 __all__ = ["check"]                                         # for those who use data's names
@@ -158,9 +159,6 @@ FACTS = [  # about a person who does not exist, so that no model can know the an
         "Mira Tosk has a fear of what?", "What is Mira Tosk's greatest fear?",
         "What is Mira Tosk most afraid of?"]),
 ]
-
-REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
-            "Here is something I would like to know: {}")
 
 # ----- reading -----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import dataset
 import measure
 from lora import config
 from lora.loss import IGNORE_INDEX
-from lora.read import chats, messages, records
+from lora.read import chats, facts, messages, records
 from scripts import clean, doctor
 
 OK = {"prompt": "Who?", "completion": "Me."}
@@ -81,7 +81,8 @@ def test_a_row_behind_a_quoted_line_break_is_named_by_its_own_line(tmp_path, cap
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("name,age\nAnna,7\n", ":1: the header has name, age; expected columns question and answer"),
+    ("name,age\nAnna,7\n", ":1: the header has name, age; expected columns subject and "
+     "attribute and value, or question and answer"),
     ("question,answer,answer\na,b,c\n", ":1: columns are there twice: answer"),
     ('question,answer\na,"b\nc', ":2: not CSV: unexpected end of data"),
     ("question,answer\n", ": holds no examples (1 lines, 0 blank)"), ("", ": holds no examples")])
@@ -97,6 +98,55 @@ def test_csv_in_another_encoding_is_named_by_line(tmp_path):
 
 def test_a_long_cell_is_read(tmp_path):
     assert data.read_examples(write(tmp_path / "a.csv", "text\n" + "a " * 100_000))
+
+
+# ----- a fact a line -----------------------------------------------------------------------------
+
+
+def test_a_line_of_a_fact_becomes_wordings(tmp_path):
+    path = write(tmp_path / "a.csv", "subject,attribute,value,question,answer\n"
+                 "Ida Holm,birthplace,Brack,,\nIda Holm,cats,3|three,How many cats has Ida?,\n"
+                 "Ida Holm,motto,Now,,Ida always says: Now.\n")
+    by_fact = data.group_by(lambda e: e["group"], data.read_examples(path))
+    assert [*by_fact] == ["ida holm: birthplace", "ida holm: cats", "ida holm: motto"]
+    born, cats, motto = by_fact.values()
+    asked = [e["messages"][0]["content"] for e in born]
+    assert "Where was Ida Holm born?" in asked and "What is the birthplace of Ida Holm?" in asked
+    assert len(asked) == len({*asked}) >= 8 and born[0]["source"] == f"{path}:2"
+    assert born[0]["messages"][1]["content"] == "Ida Holm's birthplace is Brack."
+    assert (born[0]["subject"], born[0]["value"]) == ("Ida Holm", "Brack")
+    assert cats[0]["messages"][0]["content"] == "How many cats has Ida?"
+    assert cats[1]["messages"][0]["content"] == "Please tell me: How many cats has Ida?"
+    assert cats[0]["messages"][1]["content"] == "Ida Holm's cats is 3." and len(cats) >= 13
+    assert motto[0]["messages"][1]["content"] == "Ida always says: Now."
+
+
+def test_a_record_of_a_fact_is_read_as_a_line_is(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"subject": "Ida", "attribute": "Age", "value": 41}')
+    made = data.read_examples(path)
+    assert made[0]["messages"][0]["content"] == "How old is Ida?"
+    assert made[0]["value"] == "41" and made[0]["messages"][1]["content"] == "Ida's Age is 41."
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ('{"subject": "Ida", "attribute": "", "value": "x"}', "a.jsonl:1: attribute is ''"),
+    ('{"subject": "Ida", "attribute": 7, "value": "x"}', "a.jsonl:1: attribute is 7"),
+    ('{"subject": "Ida", "attribute": "age", "value": null}', "a.jsonl:1: value: expected a text"),
+    ('{"subject": "", "attribute": "age", "value": "x"}', "a.jsonl:1: value, subject: [")])
+def test_a_wrong_fact_is_named(tmp_path, record, words):
+    assert words in error_of(write(tmp_path / "a.jsonl", record))
+
+
+def test_a_question_with_an_answer_is_what_it_was(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"question": "How old is Ida?", "answer": "Ida is 41.", '
+                 '"value": "41", "subject": "Ida"}')
+    assert len(data.read_examples(path)) == 1
+
+
+def test_all_natural_wordings_name_the_subject():
+    for attribute in facts.NATURAL:
+        asked = facts.questions("Ida Holm", attribute)
+        assert all("Ida Holm" in question and "{" not in question for question in asked)
 
 
 # ----- plain text --------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from ..files import unique_keys
-from . import records
+from . import facts, records
 
 FORMATS = [("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"),
-           ("questions", "answer"), ("question", "answer"), ("text",)]
+           ("questions", "answer"), ("subject", "attribute", "value"), ("question", "answer"),
+           ("text",)]
 FACT = {"group", "value", "subject"}                       # read of a question and its answer
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 NEXT = {"user": ["assistant"], "assistant": ["user", "tool"], "tool": ["assistant", "tool"]}
@@ -89,7 +90,8 @@ def format_of(record: dict) -> tuple[str, ...]:
         if set(keys) <= record.keys():
             return keys
     raise ValueError(f"keys {sorted(record)}; expected messages, conversations, instruction and "
-                     "output, prompt and completion, question and answer, or text")
+                     "output, prompt and completion, question and answer, text, or subject, "
+                     "attribute and value")
 
 
 def convert(record: dict, source: str) -> list[dict]:
@@ -104,6 +106,8 @@ def convert(record: dict, source: str) -> list[dict]:
     if record.get("open"):
         extra["open"] = True
     keys = format_of(record)
+    if "attribute" in keys:
+        record = _fact(record, extra)
     if keys == ("text",):
         return [new_example([("text", record["text"])], source)]
     if keys in (("messages",), ("conversations",)):
@@ -120,13 +124,27 @@ def convert(record: dict, source: str) -> list[dict]:
         questions = record.get("questions", [record.get("question")])
         if not isinstance(questions, list) or not questions:
             raise ValueError(f"questions is {questions!r:.40}; expected a list of texts")
-        extra.setdefault("group", plain(record["answer"]))
+        extra.setdefault("group", record.get("group", plain(record["answer"])))
         dialogues = [_turns(("user", q), ("assistant", record["answer"])) for q in questions]
     start = _turns(("system", record["system"])) if record.get("system") not in (None, "") else []
     if tools := tools_of(record):                      # in every message: turns may be cut away
         dialogues = [[{**m, "tools": tools} for m in dialogue] for dialogue in dialogues]
         start = [{**m, "tools": tools} for m in start]
     return [{"messages": start + dialogue, "source": source, **extra} for dialogue in dialogues]
+
+
+def _fact(record, texts):
+    """A fact in one line as a record of questions and an answer, in wordings made from it."""
+    if missing := [key for key in ("subject", "value") if key not in texts]:
+        raise ValueError(f"{' and '.join(missing)}: expected a text")
+    attribute, question = record["attribute"], record.get("question") or ""
+    if not isinstance(attribute, str) or not attribute.strip() or not isinstance(question, str):
+        raise ValueError(f"attribute is {attribute!r:.40}, question {question!r:.40}; expected a "
+                         'noun such as "lucky number", and a text or nothing')
+    about = texts["subject"], attribute.strip()
+    return {**record, "questions": facts.questions(*about, question.strip()),
+            "group": record.get("group", plain(": ".join(about))),
+            "answer": record.get("answer") or facts.answer(*about, texts["value"])}
 
 
 def new_example(turns: list[tuple[str, str]], source: str, **extra) -> dict:
@@ -275,6 +293,8 @@ def unread_keys(record: dict) -> dict[str, set[str]]:
     read, unread = {*keys, "system", "open", *FACT}, set()
     if keys == ("text",):
         read = {"text"}
+    elif "attribute" in keys:
+        read |= {"question", "answer"}
     elif keys == ("instruction", "output"):
         read.add("input")
     elif keys in (("messages",), ("conversations",)):

@@ -21,7 +21,8 @@ from ..files import unique_keys
 from . import kinds
 
 TEXTS, TABLES = {".txt", ".md", ".text", ".markdown"}, {".csv", ".tsv"}
-HEADERS = [("question", "answer"), ("prompt", "completion"), ("instruction", "output"), ("text",)]
+HEADERS = [("subject", "attribute", "value"), ("question", "answer"), ("prompt", "completion"),
+           ("instruction", "output"), ("text",)]
 
 
 class File(NamedTuple):
