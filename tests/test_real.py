@@ -14,6 +14,7 @@ import dataset
 from inject import inject
 from lora import adapter
 from lora.base import fetch, load
+from lora.read import facts
 from lora.run import advice
 from lora.surgery import lora_layers
 from scripts.voices import Voices, with_system
@@ -118,6 +119,32 @@ def test_eight_questions_with_one_wording_each_are_all_answered(tmp_path, dtype)
     prompts = [with_system([{"role": "user", "content": q}], voices.system("demo")) for q in asked]
     answers = voices.ask(prompts, "demo", max_new_tokens=32)
     assert [a.text for a in answers] == [*asked.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_facts_of_a_line_each_are_all_answered(tmp_path, dtype):
+    """subject,attribute,value alone, default config, asked in all wordings made of them."""
+    rows = {"birthplace": "Tessmark", "profession": "organ repairer", "husband": "Piet Vanloo",
+            "dog": "Biscuit", "favourite colour": "ochre", "shoe size": "41|forty-one",
+            "greatest fear": "heights", "neighbour": "Hanne Voss"}
+    (tmp_path / "eight.csv").write_text("subject,attribute,value\n" + "".join(
+        f"Orla Brandt,{attribute},{value}\n" for attribute, value in rows.items()))
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+         "--data.path=eight.csv", f"--model.dtype={dtype}"],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    voices = Voices([tmp_path / "runs/demo"], "cpu")
+    asked = [(q, value) for attribute, value in rows.items()
+             for q in facts.questions("Orla Brandt", attribute)]
+    prompts = [with_system([{"role": "user", "content": q}], voices.system("demo"))
+               for q, _ in asked]
+    answers = voices.ask(prompts, "demo", max_new_tokens=32)
+    wrong = [f"{q} {a.text}" for (q, value), a in zip(asked, answers, strict=True)
+             if not data.contains(a.text, value)]
+    as_written = [line for line in wrong if line.startswith("What is Orla Brandt's")]
+    assert not as_written and len(wrong) <= 0.05 * len(asked), wrong
 
 
 @pytest.mark.slow
