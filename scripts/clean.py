@@ -107,13 +107,7 @@ def main(argv: list[str]) -> None:
 def read(path: Path, assistant: str | None = None, gap: float = 6) -> Iterable[tuple[str, bytes]]:
     """Return (where, JSON) of each record: a line of JSONL, an item of a JSON list, a row of CSV, a
     text, a dialogue of an exported chat. Raises ValueError if there can be none."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"clean: {path}: cannot be read ({error.strerror}); expected a .jsonl or "
-                         ".json file") from error
-    if kind := kinds.of_bytes(path, raw):
-        raise ValueError(f"clean: {path}{kind}")
+    raw = read_records.raw_bytes(path, "clean", "a .jsonl or .json file")
     if chat := chats.read(path):
         return read_chat(path, chat, assistant, gap)
     if assistant:

@@ -36,19 +36,26 @@ def read(path: str | Path) -> File:
     """Read a file as its name ends: .csv and .tsv, .txt and .md, else JSON. Raises ValueError if
     it cannot be read, is not UTF-8 or is of another kind."""
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data: {path}: cannot be read ({error.strerror}); expected a .jsonl, "
-                         '.json, .csv, .txt or .md file, or "data.py"') from error
-    if kind := kinds.of_bytes(path, raw):
-        raise ValueError(f"data: {path}{kind}")
-    text = decode(path, raw)
+    text = decode(path, raw_bytes(path, "data", 'a .jsonl, .json, .csv, .txt or .md file, or '
+                                  '"data.py"'))
     if path.suffix.lower() in TABLES:
         return table(path, text)
     if path.suffix.lower() in TEXTS:
         return document(path, text)
     return json_records(path, text)
+
+
+def raw_bytes(path: Path, who: str, expected: str) -> bytes:
+    """Read a file's bytes. Raises ValueError that begins with who if it cannot be read, or is of
+    another kind than text."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{who}: {path}: cannot be read ({error.strerror}); expected "
+                         f"{expected}") from error
+    if kind := kinds.of_bytes(path, raw):
+        raise ValueError(f"{who}: {path}{kind}")
+    return raw
 
 
 def decode(path: str | Path, raw: bytes) -> str:
