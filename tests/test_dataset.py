@@ -173,7 +173,8 @@ def test_a_special_token_inside_a_message_is_refused(tokenizer):
 
 def test_a_template_that_refuses_is_named():
     tokenizer = make_tokenizer("{{ raise_exception('System role not supported') }}")
-    with pytest.raises(ValueError, match="here:1: the chat template refuses it: System role not"):
+    with pytest.raises(ValueError, match="here:1: the chat template refuses it: System role not "
+                       "supported. It writes no plain question and answer at all: set dataset"):
         QADataset([example("hi", "yo", system="S")], tokenizer)
 
 

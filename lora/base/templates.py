@@ -132,7 +132,11 @@ def frame(tokenizer) -> Frame:
 @lru_cache
 def _frame(tokenizer, template, eos):
     other = [{"role": "user", "content": "NEXTTEXT"}, {"role": "assistant", "content": "LASTTEXT"}]
-    one, two = write(MARKED, tokenizer), _try([*MARKED, *other], tokenizer)
+    try:
+        one, two = write(MARKED, tokenizer), _try([*MARKED, *other], tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}. It writes no plain question and answer at all: set "
+                         'dataset.format to "chatml" or "plain"') from error
     prompt = write(MARKED[:1], tokenizer, prompt=True)
     tail = one.rpartition(ANSWER)[2] if ANSWER in one else ""
     gap = two.partition(ANSWER)[2].partition("NEXTTEXT")[0]
