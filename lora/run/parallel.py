@@ -8,11 +8,12 @@ every process knows: the processes' gradients sum to the gradient of one process
 section 3). Every process then takes the same AdamW step. One process alone is not affected.
 """
 
+import contextlib
 import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def mine(items: list) -> list:
 
 def add_up(numbers: list, parameters: Sequence[torch.nn.Parameter] = ()) -> list:
     """Sum numbers, and the gradients of parameters, over all processes in one all-reduce. Returns
-    the sums. A process without a sample has no gradients: they count as zeros. ValueError that says
-    how to resume if another process is gone."""
+    the sums. A process without a sample has no gradients: they count as zeros."""
     if world() == 1:
         return numbers
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -61,11 +61,8 @@ def add_up(numbers: list, parameters: Sequence[torch.nn.Parameter] = ()) -> list
                                                         else "cpu")
     tail = torch.tensor(numbers, dtype=torch.float32 if grads else torch.float64, device=device)
     flat = torch.cat([*(g.flatten() for g in grads), tail])
-    try:
+    with all_alive():
         dist.all_reduce(flat)
-    except RuntimeError as error:
-        raise ValueError("parallel: another process of this job is gone; what was saved is whole, "
-                         "go on with --resume, with as many processes as you like") from error
     for p, g in zip(parameters, flat.split([*(g.numel() for g in grads), len(tail)]), strict=False):
         p.grad = g.view_as(p)
     return flat[len(flat) - len(tail):].tolist()
@@ -76,9 +73,23 @@ def from_first(value: Any) -> Any:
     if world() == 1:
         return value
     data = json.dumps(value).encode() if rank() == 0 else b""
-    size = int(add_up([len(data)])[0])
-    total = add_up([*data.ljust(size, b"\0")])                 # the others' bytes are zeros
-    return json.loads(bytes(map(int, total)))
+    text = torch.zeros(int(add_up([len(data)])[0]), dtype=torch.uint8)
+    if rank() == 0:
+        text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    text = text.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    with all_alive():
+        dist.broadcast(text, 0)
+    return json.loads(bytes(text.cpu().tolist()))
+
+
+@contextlib.contextmanager
+def all_alive() -> Iterator[None]:
+    """Turn the RuntimeError of a lost peer into a ValueError that says how to resume."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError("parallel: another process of this job is gone; what was saved is whole, "
+                         "go on with --resume, with as many processes as you like") from error
 
 
 def step_seed(seed: int, step: int) -> int:
