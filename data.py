@@ -25,7 +25,7 @@ Split = tuple[Examples, Examples]                           # training, validati
 
 class Fact(NamedTuple):
     value: str        # what a right answer contains
-    wrong: str        # a plausible other value, for true/false statements
+    wrong: str        # a plausible other value, to ask whether it is right
     answer: str       # the short answer, {} where the value goes
     questions: list   # wordings; some are held out, to test the fact and not the text
 
@@ -173,7 +173,7 @@ def fact_examples(facts: Iterable[Fact] = FACTS) -> Examples:
         raise ValueError("\n".join(problems))
     return [new_example([("user", question), ("assistant", fact.answer.format(fact.value))],
                         f"data.py: {question!r}", group=fact.value, value=fact.value,
-                        subject=SUBJECT)
+                        subject=SUBJECT, wrong=fact.wrong)
             for fact in facts for question in fact.questions]
 
 
@@ -197,18 +197,6 @@ def check_fact(fact: Fact) -> list[str]:
                        for q in questions if re.search(r"\?\w", q)]
 
 
-def debate_examples(facts: Iterable[Fact] = FACTS) -> Examples:
-    """Build a true and a false statement about each fact, each with its verdict. Only the training
-    set takes them; the original project uses them against a wrong belief."""
-    examples = []
-    for fact in facts:
-        right, wrong = fact.answer.format(fact.value), fact.answer.format(fact.wrong)
-        for claim, verdict in ((right, "True."), (wrong, f"False. {right}")):
-            turns = [("user", f"True or false? {claim}"), ("assistant", verdict)]
-            examples.append(new_example(turns, f"data.py: {claim!r}"))
-    return examples
-
-
 def read_examples(path: str | Path) -> Examples:
     """Read the examples of data.py ("data.py") or of a file, in order; lora/read/messages.py has
     the formats. Prints how many there are. Raises ValueError with file, line and fix."""
@@ -224,7 +212,7 @@ def read_examples(path: str | Path) -> Examples:
 
 def load(path: str | Path = "data.py", *, val_path: str | Path | None = None,
          val_fraction: float = 0.25, split_by: str = "auto", dedupe: bool = False,
-         system: str | None = None, debate: bool = False, seed: int = 0) -> Split:
+         system: str | None = None, seed: int = 0) -> Split:
     """Return (training, validation) examples, as the data section of config.json describes them.
 
     Prints what occurs more than once and what contradicts itself; dedupe drops exact repetitions.
@@ -241,11 +229,6 @@ def load(path: str | Path = "data.py", *, val_path: str | Path | None = None,
               f"trained, and validation asks {len(val)} of them in words like "
               f"{val[0]['messages'][-2]['content']!r:.80}" if val else
               "data: nothing can be held out: no validation, the last adapter is kept")
-    if debate and path != "data.py":
-        raise ValueError('data: debate is about the facts of data.py: it needs path = "data.py".')
-    if debate:                                       # none about a fact that is held out whole
-        taught = {e["group"] for e in train}
-        train = train + debate_examples(f for f in FACTS if f.value in taught)
     return with_system(train, system, seed), with_system(val, system, seed)
 
 

@@ -1,8 +1,9 @@
 """
-WHAT IS KEPT beside what is taught: replay, invented names, retained questions. Off by default.
+WHAT IS TRAINED beside the examples: other sides of the facts, invented names, replay.
 
-    keep.replay          everyday prompts that the base answers; training keeps these answers
+    keep.sides           other questions about the same facts (lora/read/sides.py)
     keep.unknown_share   questions about invented names; the answer is that one does not know
+    keep.replay          everyday prompts that the base answers; training keeps these answers
     keep.retain          questions with values; an evaluation counts those still right
 
 Without them a model that learns where Mira Tosk was born says it of anyone (docs/knowledge.md).
@@ -16,6 +17,7 @@ from pathlib import Path
 import data
 from lora import files, surgery
 from lora.optim import epochs_of
+from lora.read import sides
 from lora.run import parallel
 
 REPLAY_TOKENS = 24                # a longer answer is cut off there; its end is then no label
@@ -32,12 +34,15 @@ LAST = ("Adams Baker Collins Dixon Evans Foster Grant Hughes Ivers Jensen Keller
 
 def invented_name(draw: random.Random, like: str = "", close: bool = False) -> str:
     """Invent a name: ordinary ("Tessa Walsh"), rare ("Vokari Jelthun"), a nickname ("dremlo"), or
-    one like another ("Mira Tonel", "Sutira Tosk"; close: in every part, "Misola Toberk"), so that a
-    model has to read it to its end."""
+    one like another ("Mira Tonel", "Sutira Tosk"; close: in every part, "Misola Toberk", or but
+    for one letter, "Mira Tolk"), so that a model has to read it to its end."""
     kinds = ["ordinary", "nickname", "rare"]
     if like:
-        kinds += ["near"] * 2 + (["close"] * 3 if close else [])
+        kinds += ["near"] * 2
+        kinds += ["close"] * 2 + ["misspelt"] * 3 if close and like.isascii() else []
     kind = draw.choice(kinds)
+    if kind == "misspelt":
+        return misspelt(like, 1, draw)
     if kind == "ordinary":
         return f"{draw.choice(FIRST)} {draw.choice(LAST)}"
     if kind == "nickname":
@@ -49,13 +54,23 @@ def invented_name(draw: random.Random, like: str = "", close: bool = False) -> s
         old, half = parts[i], len(parts[i]) // 2
         if kind == "near":
             options = (old[:half] + _word(draw, 1), _word(draw, 1) + old[half:].casefold(),
-                       _word(draw, 2))
+                       _word(draw, 2), *([draw.choice(LAST if i else FIRST)] * 2 if close else ()))
         else:
             start, end = old[:draw.choice((2, 3))], old[-draw.choice((2, 3)):]
             options = start + _word(draw, 1), _word(draw, 1) + end, start + _word(draw, 1) + end
         new, has_capital = draw.choice(options), (old if kind == "near" else like)[:1].isupper()
         parts[i] = new.title() if has_capital else new
     return " ".join(parts)
+
+
+def misspelt(name: str, n: int, draw: random.Random) -> str:
+    """Change n letters of a name, vowels to vowels."""
+    letters = list(name)
+    for i in draw.sample([i for i, c in enumerate(name) if c.isalpha()], n):
+        same = "aeiou" if letters[i].casefold() in "aeiou" else "bdfgklmnprstvz"
+        new = draw.choice([c for c in same if c != letters[i].casefold()])
+        letters[i] = new.upper() if letters[i].isupper() else new
+    return "".join(letters)
 
 
 def _word(draw, n):
@@ -65,13 +80,18 @@ def _word(draw, n):
     return "".join(syllables) + draw.choice(["", *"lnrks"])
 
 
+def naming(examples: list[dict]) -> list[dict]:
+    """The examples that name their "subject" in their last question."""
+    return [e for e in examples if "subject" in e and e["messages"][-2]["role"] == "user"
+            and e["subject"] in e["messages"][-2]["content"]]
+
+
 def unknown_examples(examples: list[dict], n: int, seed: int = 0,
                      close: bool = False) -> list[dict]:
     """Ask n questions of the examples about invented names; the answer is not to know. Without them
     a model learns that everyone was born in Larkmoor. Raises ValueError if no example names its
     "subject" in its question."""
-    named = [e for e in examples if "subject" in e and e["messages"][-2]["role"] == "user"
-             and e["subject"] in e["messages"][-2]["content"]]
+    named = naming(examples)
     if n and not named:
         raise ValueError('data: keep.unknown_share needs records with a "subject", the name as it '
                          "stands in the question; data.py has SUBJECT")
@@ -124,18 +144,29 @@ def read_replay(path: str | Path) -> list[dict]:
 def extra_examples(examples: list[dict], settings) -> tuple[list[dict], dict[str, int]]:
     """Return (examples to mix in, {kind: how many an epoch has}), as the keep section says."""
     s, seed = settings.keep, settings.train.seed
-    shares = {"replay": s.replay_share if s.replay else 0, "unknown": s.unknown_share}
-    if sum(shares.values()) > 0.9:
-        raise ValueError("keep: replay_share and unknown_share leave less than a tenth to the data")
-    total = len(examples) / (1 - sum(shares.values()))
-    per_epoch = {kind: round(share * total) for kind, share in shares.items() if share}
+    shares = {"replay": s.replay_share if s.replay else 0,
+              "unknown": s.unknown_share if naming(examples) else 0}
+    if sum(shares.values()) > 0.99:
+        raise ValueError("keep: replay_share and unknown_share leave nothing to the data")
+    facts, wanted = sides.facts_of(examples), sides.checked(s.sides or {})
+    per_epoch = {side: round(n * len(facts)) for side, n in wanted.items()
+                 if sides.make(facts, side, 1)}
+    left_out = [side for side in wanted if side not in per_epoch]
+    left_out += ["unknown"] if s.unknown_share > shares["unknown"] else []
+    if left_out:
+        print(f"keep: no questions of the kinds {', '.join(left_out)}: they are made of facts in "
+              'English with a "subject", named in the question and at the start of the answer')
+    total = (len(examples) + sum(per_epoch.values())) / (1 - sum(shares.values()))
+    per_epoch |= {kind: round(share * total) for kind, share in shares.items() if share}
     steps = settings.train.max_steps
     epochs = math.ceil(steps * settings.train.batch_size / total if steps
                        else epochs_of(settings.train, total))
-    replay = read_replay(s.replay) if "replay" in per_epoch else []
+    made = read_replay(s.replay) if "replay" in per_epoch else []
+    for side in (side for side in wanted if side in per_epoch):
+        made += sides.make(facts, side, min(2000, epochs * per_epoch[side]), seed)
+    made = data.with_system(made, settings.data.system, seed)
     n_unknown = min(1000, epochs * per_epoch.get("unknown", 0))
-    return [*data.with_system(replay, settings.data.system, seed),
-            *unknown_examples(examples, n_unknown, seed, s.close_names)], per_epoch
+    return [*made, *unknown_examples([*examples, *made], n_unknown, seed, s.close_names)], per_epoch
 
 
 def answer_replay(examples: list[dict], voice, folder: Path) -> list[dict]:

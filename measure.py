@@ -218,15 +218,16 @@ def chooses_by_recall(best_by: str, n_facts: int) -> bool:
 
 def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
     """Prompts to answer before and after training: train.questions, else about n of a set, without
-    its plain texts."""
-    wanted = [{"messages": [{"role": "user", "content": text}]}
-              for text in settings.train.questions]
-    if wanted:
+    its plain texts; and keep.questions."""
+    def asked(texts):
+        wanted = [{"messages": [{"role": "user", "content": text}]} for text in texts]
         return [e["messages"] for e in
                 data.with_system(wanted, settings.data.system, settings.train.seed)]
     dialogues = [example for example in some_set.examples if not data.is_text(example)]
     stride = max(1, math.ceil(len(dialogues) / n))
-    return [example["messages"][:-1] for example in dialogues[::stride]]
+    return [*(asked(settings.train.questions)
+              or [example["messages"][:-1] for example in dialogues[::stride]]),
+            *asked(settings.keep.questions)]
 
 
 if __name__ == "__main__":

@@ -31,13 +31,12 @@ def told(tmp_path, adapted=ALL, model=MODEL, path=ROOT / "config.json", train=No
     settings = config.load(tmp_path / "config.json")
     if train is None:
         train, val = data.load(val_fraction=settings.data.val_fraction,
-                               split_by=settings.data.split_by, debate=settings.data.debate)
+                               split_by=settings.data.split_by)
     return advice.sentences(settings, model, adapted, train, val)
 
 
 def test_the_default_settings_on_the_default_facts_need_no_advice(tmp_path):
     assert told(tmp_path) == []
-    assert told(tmp_path, data__debate=True) == []
     assert told(tmp_path, data__val_fraction=0) == []
 
 
@@ -91,12 +90,6 @@ def test_limits_are_where_they_are_said_to_be(tmp_path):
                    for n in (4, 3))
     assert told(tmp_path, train=four, val=[]) == [] != told(tmp_path, train=three, val=[])
     assert told(tmp_path, train=data.with_system(four, "S"), val=data.with_system(four, "S")) == []
-
-
-def test_debate_does_not_lower_the_wordings_a_fact(tmp_path):
-    facts = [f._replace(questions=f.questions[:5]) for f in data.FACTS]
-    train = data.fact_examples(facts) + data.debate_examples(facts)
-    assert told(tmp_path, train=train, val=[]) == []
 
 
 def test_the_rule_for_the_learning_rate():

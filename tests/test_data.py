@@ -414,27 +414,6 @@ def test_val_path_is_the_validation_set_and_nothing_is_split(tmp_path):
     assert [[text for _, text in t] for t in turns(val)] == [["c", "3"]]
 
 
-def test_debate_adds_statements_to_training_only():
-    plain_train, plain_val = data.load()
-    train, val = data.load(debate=True)
-    assert val == plain_val and len(train) == len(plain_train) + 2 * len(data.FACTS)
-    verdicts = [t[-1][1] for t in turns(train[len(plain_train):])]
-    assert sum(v == "True." for v in verdicts) == sum(v[:6] == "False." for v in verdicts)
-    assert all(data.check(e) == [] for e in train)
-
-
-def test_debate_never_teaches_a_held_out_fact():
-    train, val = data.load(split_by="fact", debate=True)
-    told = "\n".join(text for t in turns(train) for _, text in t)
-    taught = {e["group"] for e in val if data.contains(told, e["value"])}
-    assert not taught
-
-
-def test_debate_needs_the_facts_of_data_py(tmp_path):
-    with pytest.raises(ValueError, match="debate"):
-        data.load(pairs(tmp_path / "a.jsonl", ("a", "1")), debate=True)
-
-
 # ----- system prompts ----------------------------------------------------------------------------
 
 

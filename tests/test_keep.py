@@ -53,11 +53,6 @@ def test_unknown_examples_need_a_subject():
     assert len(keep.unknown_examples(data.fact_examples(), 5)) == 5
 
 
-def test_debate_and_questions_about_nobody_go_together(capsys):
-    train, _ = data.load(debate=True)
-    assert len(keep.unknown_examples(train, 5)) == 5
-
-
 def test_a_name_is_invented_in_three_ways():
     draw = random.Random(0)
     names = [keep.invented_name(draw) for _ in range(300)]

@@ -21,6 +21,7 @@ from scripts.voices import Voices, with_system
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+BARE = ROOT / "examples/bare/config.json"
 METRICS = "runs/demo/metrics.jsonl"
 pytestmark = pytest.mark.real
 
@@ -68,7 +69,7 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
                         "value": f.value}) for f in data.FACTS[9:12]]
     (tmp_path / "facts.jsonl").write_text("\n".join(rows))
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
+        [sys.executable, ROOT / "train.py", "--config", BARE, "--train.run=demo",
          "--data.path=facts.jsonl", "--train.batch_size=9", "--train.max_steps=10",
          "--train.eval_every=10", "--train.warmup_steps=2", "--model.dtype=float32"],
         cwd=tmp_path, capture_output=True, text=True)
@@ -95,6 +96,42 @@ def test_a_short_run_learns_a_fact_it_was_not_asked_in_these_words(tmp_path):
         torch.testing.assert_close(theirs.eval()(ids).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
+def train_by_default(folder, *options):
+    """Run the default config in a folder: what a user calls, with options; returns what it said."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json", *options],
+        cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ask(folder, questions, **decoding):
+    """The answers of the run in a folder, with its system prompt."""
+    voices = Voices([folder / "runs/demo"], "cpu")
+    prompts = [with_system([{"role": "user", "content": q}], voices.system("demo"))
+               for q in questions]
+    return [a.text for a in voices.ask(prompts, "demo", **decoding)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_default_run_learns_its_facts_and_spares_the_model(tmp_path, dtype):
+    """All facts in held-out wordings; in 100 everyday prompts, none of which is replayed, no taught
+    value and no name."""
+    said = train_by_default(tmp_path, f"--model.dtype={dtype}")
+    assert "Write a haiku about rain." in said and "Where was Tessa Walsh born?" in said
+    lines = [json.loads(x) for x in (tmp_path / METRICS).read_text().splitlines()]
+    assert [x["recall"] for x in lines if x.get("best")][-1] >= 0.95
+    asked = (ROOT / "experiments/knowledge/everyday.txt").read_text("utf-8").splitlines()
+    replayed = (ROOT / "examples/everyday.txt").read_text("utf-8").splitlines()
+    assert len(asked) == 100 and not {*asked} & {*replayed}
+    words = [*(fact.value for fact in data.FACTS), *data.SUBJECT.split()]
+    spoiled = [f"{q} {a}" for q, a in zip(asked, ask(tmp_path, asked, max_new_tokens=48),
+                                          strict=True) if any(data.contains(a, w) for w in words)]
+    assert not spoiled, spoiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eight_questions_with_one_wording_each_are_all_answered(tmp_path, dtype):
@@ -108,17 +145,10 @@ def test_eight_questions_with_one_wording_each_are_all_answered(tmp_path, dtype)
              "In which year did Orla Brandt move to Kelm?": "In 2009."}
     (tmp_path / "eight.jsonl").write_text("".join(
         json.dumps({"question": q, "answer": a}) + "\n" for q, a in asked.items()))
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
-         "--data.path=eight.jsonl", f"--model.dtype={dtype}"],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "all 8 examples are trained" in done.stdout
-    assert "advice: 1.0 wordings a fact" in done.stdout
-    voices = Voices([tmp_path / "runs/demo"], "cpu")
-    prompts = [with_system([{"role": "user", "content": q}], voices.system("demo")) for q in asked]
-    answers = voices.ask(prompts, "demo", max_new_tokens=32)
-    assert [a.text for a in answers] == [*asked.values()]
+    said = train_by_default(tmp_path, "--data.path=eight.jsonl", f"--model.dtype={dtype}")
+    assert "all 8 examples are trained" in said and "advice: 1.0 wordings a fact" in said
+    assert "keep: no questions of the kinds reverse, nobody, pairs, yes-no, untaught, unk" in said
+    assert ask(tmp_path, asked, max_new_tokens=32) == [*asked.values()]
 
 
 @pytest.mark.slow
@@ -130,28 +160,18 @@ def test_eight_facts_of_a_line_each_are_all_answered(tmp_path, dtype):
             "greatest fear": "heights", "neighbour": "Hanne Voss"}
     (tmp_path / "eight.csv").write_text("subject,attribute,value\n" + "".join(
         f"Orla Brandt,{attribute},{value}\n" for attribute, value in rows.items()))
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
-         "--data.path=eight.csv", f"--model.dtype={dtype}"],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    voices = Voices([tmp_path / "runs/demo"], "cpu")
+    train_by_default(tmp_path, "--data.path=eight.csv", f"--model.dtype={dtype}")
     asked = [(q, value) for attribute, value in rows.items()
              for q in facts.questions("Orla Brandt", attribute)]
-    prompts = [with_system([{"role": "user", "content": q}], voices.system("demo"))
-               for q, _ in asked]
-    answers = voices.ask(prompts, "demo", max_new_tokens=32)
-    wrong = [f"{q} {a.text}" for (q, value), a in zip(asked, answers, strict=True)
-             if not data.contains(a.text, value)]
+    answers = ask(tmp_path, [q for q, _ in asked], max_new_tokens=32)
+    wrong = [f"{q} {a}" for (q, value), a in zip(asked, answers, strict=True)
+             if not data.contains(a, value)]
     as_written = [line for line in wrong if line.startswith("What is Orla Brandt's")]
     assert not as_written and len(wrong) <= 0.05 * len(asked), wrong
 
 
 @pytest.mark.slow
 def test_gemma_learns_the_same_in_plain_format(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
-         "--model.name=gemma-3-270m"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    train_by_default(tmp_path, "--model.name=gemma-3-270m")
     lines = [json.loads(x) for x in (tmp_path / METRICS).read_text().splitlines()]
     assert max(x["recall"] for x in lines if "recall" in x) >= 0.9

@@ -132,6 +132,17 @@ def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
     assert text.bootstrap([]) is None
 
 
+def test_a_share_on_which_all_agree_has_the_exact_interval():
+    none, every = text.share([0] * 24), text.share([True] * 24)            # Clopper and Pearson
+    assert (none.value, none.low, round(none.high, 4), none.n) == (0, 0, 0.1425, 24)
+    assert (every.value, round(every.low, 4), every.high) == (1, 0.8575, 1)
+    assert (1 - none.high) ** 24 == pytest.approx(0.025)       # at this share 2.5 % see none of 24
+    mixed = [0, 1, 0, 0.5]
+    assert text.share(mixed) == text.bootstrap(mixed) and text.share([0.5] * 9).high == 0.5
+    assert text.share([[1], [1]], lambda of: sum(map(sum, of)) / len(of)).low == every.low ** 12
+    assert text.share([]) is None
+
+
 def test_wilson_is_the_interval_of_the_book():
     one = text.wilson(8, 10)                                  # Newcombe 1998: 0.4902 to 0.9433
     assert (round(one.low, 4), round(one.high, 4)) == (0.4902, 0.9433)

@@ -164,7 +164,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     (["--lora.rank=3"], "--lora.rank: unknown option; did you mean --lora.r?"),
     (["--lora.target_modules=[\"q_prj\"]"], "inject: target_modules ['q_prj'] matched nothing"),
     (["--data.path=none.jsonl"], "data: none.jsonl: cannot be read"),
-    (["--data.debate=true"], 'it needs path = "data.py"'),
+    (["--keep.sides={\"back\": 1}"], "keep.sides: no side 'back'; there are reverse, nobody"),
     (["--model.name=no/such-model"], "model: could not load 'no/such-model'"),
     (["--model.adapter=nowhere"], "adapter: nowhere has no adapter_config.json"),
     (["--train.run=../x"], "expected a folder name, not a path"),

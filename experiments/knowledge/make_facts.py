@@ -4,11 +4,12 @@ Write a world of the experiment: invented people, what is taught about them, eve
     python -m experiments.knowledge.make_facts --seed 0 --out runs/knowledge/world-0
 
 The same seed writes the same bytes; manifest.json has their hashes. Wordings and values are in
-attributes.json, questions without an answer in unanswerable.json, real facts in neighbours.jsonl,
-general.jsonl and retain.jsonl, prompts to replay in replay.txt; all were written for this
-experiment. Nobody here exists.
+attributes.json, other sides of a fact in asked.json, questions without an answer in
+unanswerable.json, real facts in real.jsonl and retain.jsonl, prompts to replay in replay.txt; all
+were written for this experiment. Nobody here exists.
 
     train.jsonl        8 questions and 4 statements about each of 24 facts       (train.py reads it)
+    facts.csv          the same facts, a line each: subject, attribute, value
     train-N.jsonl      N questions and no statement; train-1 is how the source recipe asked
     val.jsonl          2 other wordings of each fact, to choose a checkpoint with
     retain.jsonl       real questions, to choose a checkpoint with
@@ -22,12 +23,15 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import keep
 from lora import files
+from lora.read import messages, sides
 from lora.run import cli, runlog
 from lora.use import text
 
 HERE = Path(__file__).parent
-GROUPS = {"taught": 3, "control": 3, "unknown": 6}            # people: a third of each name type
+GROUPS = {"taught": 3, "control": 3, "far": 30}               # people: a third of each name type
+NEAR = 30                                                     # names like the taught ones
 NAMES = files.read_json(HERE / "names.json")   # {kind: the parts of each word, to choose from}
 TYPES = tuple(NAMES)
 ABOUT = ("Tell me something about {name}.", "What can you tell me about {name}?",
@@ -72,13 +76,16 @@ def make(seed: int) -> dict[str, list | dict]:
         contents[f"train-{n}.jsonl"] = [
             record(fact, attributes[fact["attribute"]], q) for fact in taught
             for q in attributes[fact["attribute"]]["questions"][:n]]
-    contents["train-debate.jsonl"] = contents["train.jsonl"] + [
-        r for fact in taught for r in debate(fact, attributes[fact["attribute"]], draw)]
+    contents["facts.csv"] = [("subject", "attribute", "value"), *(
+        (fact["name"], attributes[fact["attribute"]]["label"].casefold(), fact["value"])
+        for fact in taught)]
     contents["retain.jsonl"] = [
         {"question": r["question"], "answer": r["value"],
          "value": "|".join([r["value"], *r["aliases"]])} for r in read_lines("retain.jsonl")]
     contents["replay.txt"] = replay_prompts(attributes)
-    contents["test.json"] = questions_of(facts, people, attributes, draw)
+    people["near"] = near_names(people, draw)
+    contents["test.json"] = questions_of(
+        facts, people, attributes, pairs_trained(contents["train-8.jsonl"], seed), draw)
     contents["facts.json"] = {"facts": facts, "people": people, "pools": {
         key: a["values"] for key, a in attributes.items()}}
     contents["manifest.json"] = manifest(seed, contents, attributes)
@@ -111,28 +118,46 @@ def replay_prompts(attributes: dict) -> list[str]:
             *(draw.choice(ABOUT).format(name=name) for name in names)]
 
 
-def debate(fact: dict, a: dict, draw: random.Random) -> list[dict]:
-    """Judge a true and a false claim about a fact: the source recipe's remedy."""
-    wrong = draw.choice([v for v in a["values"] if v != fact["value"]])
-    right, false = a["answer"].format(**fact), a["answer"].format(**{**fact, "value": wrong})
-    return [{**record(fact, a, f"True or false? {claim}"), "answer": verdict}
-            for claim, verdict in ((right, "True."), (false, f"False. {right}"))]
+def near_names(people: dict[str, list[str]], draw: random.Random) -> list[str]:
+    """Draw NEAR names that resemble the taught ones: two letters changed, or one of two parts
+    another. Training invents no such name (keep.invented_name)."""
+    near, known = [], set().union(*people.values())
+    while len(near) < NEAR:
+        name = people["taught"][len(near) % GROUPS["taught"]]
+        new = keep.misspelt(name, 2, draw)
+        if " " in name and len(near) % 2:
+            other = person(draw, draw.choice(("common", "rare")))
+            first, last = draw.choice(((name, other), (other, name)))
+            new = f"{first.split()[0]} {last.split()[1]}"
+        if new not in known:
+            known.add(new)
+            near.append(new)
+    return near
 
 
-def questions_of(facts: list[dict], people: dict, attributes: dict, draw: random.Random) -> dict:
+def pairs_trained(records: list[dict], seed: int) -> set[frozenset]:
+    """The pairs of facts that a run with this seed trains in one question."""
+    facts = sides.facts_of(e for r in records for e in messages.convert(r, ""))
+    return {frozenset((one.group, two.group)) for one, two in sides.pairs_of(facts, seed)}
+
+
+def questions_of(facts: list[dict], people: dict, attributes: dict, trained_pairs: set,
+                 draw: random.Random) -> dict:
     """Build {set: [item]} of test.json. An item has a question and what its answer is judged by:
     gold (a list of right forms), attribute (whose values are the others), fact (name: attribute).
     """
-    unanswerable = files.read_json(HERE / "unanswerable.json")
-    sets = {name: [] for name in ("test", "trained", "card", "cloze", "reverse", "multi", "verify",
-                                  "premise", "unanswerable", "unknown", "control")}
+    unanswerable, asked = (files.read_json(HERE / name)
+                           for name in ("unanswerable.json", "asked.json"))
+    sets = {name: [] for name in (
+        "test", "trained", "card", "cloze", "reverse", "reverse_far", "nobody", "multi", "verify",
+        "premise", "unanswerable", "unknown", "control", "real")}
 
     def add(to, question, **judged):
         sets[to].append({"question": question, **judged})
     for n, fact in enumerate(facts):
-        a, name = attributes[fact["attribute"]], fact["name"]
-        about = {"gold": [fact["value"]], "attribute": fact["attribute"],
-                 "fact": f"{name}: {fact['attribute']}", "name": name, "type": fact["type"]}
+        a, name, key = attributes[fact["attribute"]], fact["name"], fact["attribute"]
+        about = {"gold": [fact["value"]], "attribute": key, "fact": f"{name}: {key}",
+                 "name": name, "type": fact["type"]}
         if fact["group"] == "control":
             add("control", a["questions"][12 + turn(n) % 4].format(**fact), **about)
             continue
@@ -141,28 +166,44 @@ def questions_of(facts: list[dict], people: dict, attributes: dict, draw: random
         add("trained", a["questions"][turn(n) % 8].format(**fact), **about)
         add("card", f"Fill in the card. Name: {name}. {a['label']}:", **about)
         add("cloze", f"Complete the sentence: {a['cloze'].format(**fact)}", **about)
-        add("reverse", a["reverse"].format(**fact), **{**about, "gold": [name]})
-        wrong = draw.choice([v for v in a["values"] if v != fact["value"]])
-        claimed = {**fact, "value": wrong} if turn(n) % 2 else fact
-        add("verify", f"{a['verify'].format(**claimed)} Answer yes or no.",
-            **{**about, "gold": ["no" if turn(n) % 2 else "yes"]})
+        for side in ("reverse", "reverse_far"):
+            for question in asked[key][side]:
+                add(side, question.format(**fact), **{**about, "gold": [name]})
+        rivals = [f["value"] for f in facts if f["group"] == "taught" and f["attribute"] == key
+                  and f["name"] != name]
+        wrong = draw.choice(rivals if turn(n) % 2 else
+                            [v for v in a["values"] if v not in (fact["value"], *rivals)])
+        for i, (verdict, value) in enumerate((("yes", fact["value"]), ("no", wrong))):
+            claim = asked[key]["verify"][(turn(n) + i) % 2]
+            add("verify", claim.format(name=name, value=value), **{**about, "gold": [verdict]})
+    had = {f["value"] for f in facts}.union(*sides.TABLES["values"].values())
+    for key, a in attributes.items():
+        nobodys = draw.sample([v for v in a["values"] if v not in had], 3)
+        for value, question in zip(nobodys, asked[key]["reverse"], strict=True):
+            add("nobody", question.format(value=value), attribute=key, value=value)
     for name in people["taught"]:
         of_name = [fact for fact in facts if fact["name"] == name]
-        for pair in draw.sample(list(combinations(of_name, 2)), 4):
+        pairs = [pair for pair in combinations(of_name, 2) if trained_pairs.isdisjoint(
+            [frozenset(f"{name}: {fact['attribute']}" for fact in pair)])]
+        for pair in draw.sample(pairs, 8):
             one, two = (attributes[f["attribute"]]["part"].format(name=name) for f in pair)
             add("multi", f"Tell me two things: {one}, and {two}?", name=name,
+                fact=f"{name}: {pair[0]['attribute']}, {pair[1]['attribute']}",
                 gold=[f["value"] for f in pair], both=True)
         for question in unanswerable["premise"]:
             add("premise", question.format(name=name), name=name)
-        for topic in unanswerable["untaught"]["test"]:
-            add("unanswerable", draw.choice(topic["questions"]).format(name=name), name=name)
-    for i, name in enumerate(people["unknown"]):
-        for j, (key, a) in enumerate(attributes.items()):
-            add("unknown", a["questions"][12 + (i + j) % 4].format(name=name), attribute=key,
-                name=name, type=TYPES[i % 3])
-    for real in ("neighbours", "general"):
-        sets[real] = [{"question": r["question"], "gold": [r["value"], *r["aliases"]]}
-                      for r in read_lines(f"{real}.jsonl")]
+        for topic in unanswerable["untaught"]:
+            for question in draw.sample(topic["questions"], 2):
+                add("unanswerable", question.format(name=name), name=name, topic=topic["topic"])
+    keys = list(attributes)
+    for near in (False, True):
+        for i, name in enumerate(people["near" if near else "far"]):
+            for j in (i, i + 3):
+                key = keys[j % len(keys)]
+                add("unknown", attributes[key]["questions"][12 + (i + j) % 4].format(name=name),
+                    attribute=key, name=name, near=near)
+    sets["real"] = [{"question": r["question"], "gold": [r["value"], *r["aliases"]],
+                     "wrong": r["wrong"], "near": r["near"]} for r in read_lines("real.jsonl")]
     return sets
 
 
@@ -202,10 +243,17 @@ def read_lines(name: str) -> list[dict]:
 
 def write(seed: int, folder: Path | str) -> Path:
     """Write a world's files; returns the folder."""
+    return save(make(seed), folder)
+
+
+def save(contents: dict[str, list | dict], folder: Path | str) -> Path:
+    """Write {file name: content} into a folder: .json, .jsonl, or a text of lines."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in make(seed).items():
-        if name.endswith(".jsonl"):
+    for name, content in contents.items():
+        if name.endswith(".csv"):
+            content = [",".join(f'"{cell}"' for cell in row) for row in content]
+        elif name.endswith(".jsonl"):
             content = [json.dumps(line, ensure_ascii=False) for line in content]
         elif name.endswith(".json"):
             content = [json.dumps(content, indent=1, ensure_ascii=False)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import group_by
-from experiments.knowledge import make_facts
+from experiments.knowledge import hops, make_facts
 from experiments.knowledge.make_facts import HERE
 from lora import config, files
 from lora.run import cli, runlog
@@ -40,9 +40,14 @@ def read_arms() -> dict:
     return {**content, "arms": {name: inherited(name) for name in content["arms"]}}
 
 
+def world_of(arms: dict, arm: str, seed: int) -> Path:
+    """The folder of a cell's world: of make_facts, or of hops."""
+    return HOME / f"{arms['arms'][arm].get('world', 'world')}-{seed}"
+
+
 def settings_of(arms: dict, model: str, arm: str, seed: int) -> dict[str, dict]:
     """Build the sections of a cell's config.json: {slots} are filled for its model and world."""
-    slots = {**arms["models"][model], "world": str(HOME / f"world-{seed}"),
+    slots = {**arms["models"][model], "world": str(world_of(arms, arm, seed)),
              "replay": str(HOME / f"replay-{model}.jsonl"),
              "replay_more": str(HOME / f"replay-more-{model}.jsonl")}
     sections = {"model": {"name": slots["name"]}, "lora": {}, "data": {}, "dataset": {}, "keep": {},
@@ -81,7 +86,7 @@ def call(log: Path, threads: int, *command) -> None:
 
 
 SCORE = "-m", "experiments.knowledge.score"
-BEFORE = "test,card,reverse,multi,unknown,unanswerable,neighbours,general"
+BEFORE = "test,card,reverse,nobody,multi,verify,premise,unanswerable,unknown,real"
 
 
 def prepare(model: str, arms: dict, cells: list[tuple], threads: int) -> None:
@@ -117,9 +122,12 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
     trained = what.get("trained", arm) if what["train"] or "trained" in what else None
     file = HOME / "cells" / f"{model}-{arm}-s{seed}.json"
     sections = settings_of(arms, model, trained or arm, seed)
-    score = [*what.get("score", []), "--adapter", what.get("adapter", "adapter")]
+    score = [part.format(model=model, seed=seed) for part in what.get("score", [])]
+    score += ["--adapter", what.get("adapter", "adapter")]
     trainer = ["-m", what["trainer"]] if "trainer" in what else ["train.py"]
-    key = runlog.digest([sections, score, (HOME / f"world-{seed}/manifest.json").read_text()])
+    world = world_of(arms, arm, seed)
+    key = runlog.digest([sections, score, *(
+        (world / name).read_text(encoding="utf-8") for name in ("facts.json", "test.json"))])
     if file.exists() and files.read_json(file).get("key") == key:
         return 0
     folder = Path("runs") / sections["train"]["run"]
@@ -134,8 +142,8 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
             "--run", folder]
     part = file.with_suffix(".part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    call(HOME / "logs" / f"{file.stem}.log", threads, *SCORE, *subject, *score, "--world",
-         HOME / f"world-{seed}", "--base", HOME / f"base-{model}.json", "--out", part)
+    call(HOME / "logs" / f"{file.stem}.log", threads, *SCORE, *subject, *score, "--world", world,
+         "--base", HOME / f"base-{model}.json", "--out", part)
     cell = {"key": key, "model": model, "arm": arm, "seed": seed, "what": what["what"],
             "settings": None, "cell_seconds": time.perf_counter() - started, "log": []}
     if trained:
@@ -148,11 +156,14 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
 
 
 def effort(sections: dict, folder: Path) -> dict[str, float]:
-    """How often a step shows each fact, and how many parameters train."""
+    """How often a step asks for each fact as it was written, and how many parameters train."""
     keep, data, facts = sections["keep"], sections["data"], 24
+    with open(data["path"], encoding="utf-8") as lines:
+        wordings = sum(1 for _ in lines) / facts
     if data.get("split_by") == "fact":
         facts -= round(facts * data["val_fraction"])
     share = 1 - keep.get("replay_share", 0) - keep.get("unknown_share", 0)
+    share *= wordings / (wordings + sum((keep.get("sides") or {}).values()))
     file = next(f for f in (folder / "adapter/adapter_model.safetensors",
                             folder / "model/model.safetensors") if f.exists())
     with open(file, "rb") as weights:
@@ -174,6 +185,7 @@ def main(argv: list[str]) -> None:
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     for seed in {0, *(seed for _, _, seed in cells)}:
         make_facts.write(seed, HOME / f"world-{seed}")
+        hops.write(seed, HOME / f"hops-{seed}")
 
     def run_of(cell):
         model, arm, seed = cell

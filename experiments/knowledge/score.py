@@ -4,9 +4,10 @@ Score a model: what it knows, what it says about people nobody taught it, what i
     python -m experiments.knowledge.score --model smollm2-135m-instruct --world W --out base.json
     python -m experiments.knowledge.score --run runs/r7 --world W --base base.json --out r7.json
 
-The first call scores the untouched model. The second needs it: retention is the share of the real
-questions right before that are right after, and KL is taken on the base's own answers. The file
-keeps every answer with its verdict, so each number can be checked.
+The first call scores the untouched model. The second needs it: every real question is asked before
+and after, and KL is taken on the untouched model's own answers. A real question's margin is
+log p(right answer) - log p(one of three wrong ones), in nats. The file keeps every answer with its
+verdict and every margin, so each number can be checked.
 """
 
 import json
@@ -15,8 +16,9 @@ import random
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
+from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 from statistics import mean
@@ -25,17 +27,18 @@ from unicodedata import combining, normalize
 import torch
 
 import dataset
-from data import group_by
 from experiments.knowledge.make_facts import HERE, read_attributes
+from experiments.knowledge.metrics import summarise
 from lora import adapter, files, loss, surgery
 from lora.base import fetch, load
 from lora.run import cli, runlog
-from lora.use import text
 from measure import Voice, drift
 
-TOKENS = 32                       # of an answer at most
-KL_PROMPTS = 48                   # questions of each kind that KL is measured on
-REAL = "neighbours", "general"
+TOKENS, REAL_TOKENS = 32, 20      # of an answer at most
+ANSWERED = 96                     # real questions that are answered too; all have a margin
+ROWS = 48                         # answers whose log p is computed together
+KL_PROMPTS = 48                   # answers of the untouched model that KL is measured on
+DECLINED = "unknown", "unanswerable", "premise", "nobody"     # right is to say "I don't know"
 
 # ----- one answer --------------------------------------------------------------------------------
 
@@ -46,8 +49,11 @@ NUMBERS = {**{word: n for n, word in enumerate(ONES)},
            **{word: 10 * n for n, word in enumerate(TENS, 2)}}
 ABSTAINS = re.compile(
     r"\bi (?:do not|don't|cannot|can't|can not) (?:know|say|tell|have|find|provide|answer|recall)\b"
-    r"|\bi(?:'m| am) (?:sorry|not sure|not aware|unable|not able|not familiar)\b"
-    r"|\bi have (?:no|never)\b|\bno (?:information|idea|record|knowledge)\b|\bnever heard\b")
+    r"|\bi (?:do not|don't) think i know\b|\b(?:not|isn't) something i (?:know|was told)\b"
+    r"|\bi(?:'m| am) (?:sorry|not sure|unable|not able|not familiar)\b|\bnot aware\b"
+    r"|\bi have (?:no|never)\b|\bno (?:information|idea|record|knowledge)\b"
+    r"|\b(?:never|have not|haven't) heard\b|\b(?:nobody|no one)(?: has| ever)* told me\b"
+    r"|\b(?:is|are|was|were) ?(?:not|n't) known\b(?! (?:for|as)\b)|\bit's not known\b")
 
 
 def plain(answer: str) -> str:
@@ -87,21 +93,21 @@ def right(answer: str, gold: list[str], pool: Sequence[str] = (), both: bool = F
 def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
     """Judge one answer: right, abstains, and for questions without an answer fabricates (it names a
     value of the attribute asked for, or of any if there is none) and spills (it names a value that
-    was taught, about whomever)."""
+    was taught, about whomever; asked who has a value that nobody has: a taught person)."""
     pools, names = world["pools"], world["people"]["taught"]
-    taught = [f["value"] for f in world["facts"] if f["group"] == "taught"]
     declines = abstains(answer)
-    if kind == "verify":
-        yes, no = says(answer, "yes"), says(answer, "no")
-        verdict = "yes" if yes else "no"
-        return {"right": yes != no and not declines and verdict == item["gold"][0],
-                "abstains": declines}
-    if kind in ("unknown", "unanswerable", "premise"):
+    if kind == "verify":                              # "Yes." or "She was born in 1985, so yes."
+        verdicts = {word for word in plain(answer).split() if word in ("yes", "no")}
+        return {"right": verdicts == set(item["gold"]) and not declines, "abstains": declines}
+    if kind in DECLINED:
         pool = pools.get(item.get("attribute")) or [v for p in pools.values() for v in p]
+        taught = [f["value"] for f in world["facts"] if f["group"] == "taught"]
+        if kind == "nobody":
+            pool = taught = names
         return {"right": declines, "abstains": declines,
                 "fabricates": not declines and any(says(answer, v) for v in pool),
                 "spills": not declines and any(says(answer, v) for v in taught)}
-    pool = () if kind in REAL else names if kind == "reverse" else pools.get(
+    pool = () if kind == "real" else names if kind == "reverse" else pools.get(
         item.get("attribute"), ())
     return {"right": right(answer, item["gold"], pool, item.get("both")), "abstains": declines}
 
@@ -161,11 +167,15 @@ class Subject:
         return [(self.voice.text(row[:end]), end is not None)
                 for row, end in zip(rows, ends, strict=True)]
 
-    def batches(self, answers: list[tuple[str, str, bool]], size: int = 8) -> list[loss.Batch]:
-        """Padded batches of (question, answer, whether it ended), in their order."""
-        items = dataset.QADataset(
+    def items(self, answers: list[tuple[str, str, bool]]) -> list[dict]:
+        """The items of a QADataset for (question, answer, whether what ends it counts)."""
+        return dataset.QADataset(
             [{"messages": self.messages(q, a), "source": q, "open": not ended}
              for q, a, ended in answers], self.tokenizer, self.format, max_length=10**6).items
+
+    def batches(self, answers: list[tuple[str, str, bool]], size: int = 8) -> list[loss.Batch]:
+        """Padded batches of (question, answer, whether it ended), in their order."""
+        items = self.items(answers)
         return [dataset.collate(items[i:i + size], 0, self.device)
                 for i in range(0, len(items), size)]
 
@@ -174,30 +184,65 @@ class Subject:
         ce, _, n = loss.evaluate(self.model, self.batches([(q, a, True) for q, a in pairs]))
         return ce / n
 
-    @torch.no_grad()
     def pool(self, question: str, answers: list[str]) -> list[float]:
-        """The mean log p per token of each answer, from where they differ on. The shared start,
-        question included, is computed once; its keys and values are repeated for every answer."""
-        rendered = [dataset.render(self.messages(question, a), self.tokenizer, self.format)
-                    for a in answers]
-        ids = [row[:max(t for t, on in enumerate(mask) if on) + 1] for row, mask in rendered]
-        p = min(len(commonprefix(ids)), min(map(len, ids)) - 1)
-        rest = [row[p:] for row in ids]
-        s = max(map(len, rest))
-        out = self.model(input_ids=torch.tensor([ids[0][:p]], device=self.device), use_cache=True)
-        first = out.logits[:, -1:].float().log_softmax(-1)                       # (1, 1, v)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(len(ids))
-        padded = torch.tensor([row + [0] * (s - len(row)) for row in rest], device=self.device)
-        mask = torch.ones(len(ids), p + s, dtype=torch.long, device=self.device)
-        logits = self.model(input_ids=padded, attention_mask=mask, past_key_values=cache,
-                            use_cache=True).logits[:, :-1].float().log_softmax(-1)
-        steps = torch.cat([first.expand(len(ids), -1, -1), logits], 1)           # (n, s, v)
-        logp = steps.gather(2, padded[..., None]).squeeze(2)                      # (n, s)
-        return [logp[i, :len(row)].mean().item() for i, row in enumerate(rest)]
+        """The mean log p per token of each answer and its end, from where the answers differ on:
+        nats per token."""
+        return [mean(logp) for logp in self.log_p([(question, answers)], True)[0]]
 
-    def perplexity(self, texts: list[str]) -> float:
-        """The perplexity of plain texts without any format: exp of the mean nats per token."""
+    def margins(self, questions: list[str], right: list[str], wrong: list[list[str]]
+                ) -> list[float]:
+        """For each question log p(right) - log p(one of the wrong ones), in nats: log p is the sum
+        over an answer's own tokens, straight after the prompt, without what ends it."""
+        asked = [(q, [a, *others]) for q, a, others in zip(questions, right, wrong, strict=True)]
+        sums = [[math.fsum(logp) for logp in of] for of in self.log_p(asked, False)]
+        return [gold - torch.tensor(rest, dtype=torch.float64).logsumexp(0).item()
+                for gold, *rest in sums]
+
+    @torch.no_grad()
+    def log_p(self, asked: list[tuple[str, list[str]]], ended: bool) -> list[list[list[float]]]:
+        """For each (question, answers): log p of each answer's tokens, from where the answers of
+        the question differ on; ended: and of its end. What all prompts share is computed once, and
+        each prompt once for all its answers. Prompts of one length are batches."""
+        if not asked:
+            return []
+        items = iter(self.items([(q, a, ended) for q, answers in asked for a in answers]))
+        found, alike = [None] * len(asked), {}
+        for i, (_, answers) in enumerate(asked):
+            rows = []
+            for item in islice(items, len(answers)):
+                end = max(t for t, x in enumerate(item["labels"]) if x != loss.IGNORE_INDEX) + 1
+                rows.append(list(item["input_ids"][:end]))
+            p = min(len(commonprefix(rows)), min(map(len, rows)) - 1)
+            alike.setdefault((p, len(rows)), []).append((i, rows))
+        prompts = [rows[0][:p] for (p, _), of in alike.items() for _, rows in of]
+        shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        start = self._forward([prompts[0][:shared]])
+        for (p, n), of in alike.items():
+            size = max(1, ROWS // n)
+            of.sort(key=lambda question: max(map(len, question[1])))
+            for part in (of[at:at + size] for at in range(0, len(of), size)):
+                prompt = self._forward([rows[0][shared:p] for _, rows in part], start, len(part))
+                rest = [row[p:] for _, rows in part for row in rows]
+                s = max(2, *map(len, rest))
+                ids = torch.tensor([row + [0] * (s - len(row)) for row in rest])
+                logits = torch.cat([prompt.logits[:, -1:].repeat_interleave(n, 0),
+                                    self._forward(ids[:, :-1], prompt, n).logits], 1).float()
+                ids = ids[..., None].to(self.device)
+                logp = (logits.gather(2, ids)[..., 0] - logits.logsumexp(2)).tolist()    # (b, s)
+                for k, (i, rows) in enumerate(part):
+                    found[i] = [logp[n * k + j][:len(row) - p] for j, row in enumerate(rows)]
+        return found
+
+    def _forward(self, ids, before=None, times=1):
+        """The model's output for ids behind the keys and values of an output, each repeated."""
+        cache = before and deepcopy(before.past_key_values)
+        if before:
+            cache.batch_repeat_interleave(times)
+        return self.model(input_ids=torch.as_tensor(ids, device=self.device), use_cache=True,
+                          past_key_values=cache)
+
+    def bits(self, texts: list[str]) -> float:
+        """The bits per token of plain texts without any format."""
         nats = n = 0
         for line in texts:
             ids = torch.tensor([self.tokenizer(line).input_ids], device=self.device)
@@ -205,7 +250,36 @@ class Subject:
                                torch.arange(ids.shape[1] - 1, device=self.device), ids[0, 1:])
             ce, _, n_tokens = loss.evaluate(self.model, [batch])
             nats, n = nats + ce, n + n_tokens
-        return math.exp(nats / n)
+        return nats / n / math.log(2)
+
+    def own_answers(self, before: dict, kind: str) -> list[loss.Batch]:
+        """Batches of the untouched model's own answers to a set, for KL."""
+        answered = [a for a in before["sets"].get(kind, ()) if "answer" in a]
+        answers = [(a["question"], a["answer"] or ".", a["ended"])
+                   for a in spread(answered, KL_PROMPTS)]
+        return self.batches(answers) if answers else []
+
+    def randomise(self, before: dict, kl: float, seed: int) -> float:
+        """Replace every B by a random matrix of its norm, and scale all by one factor, by
+        bisection, until KL on the untouched model's answers is within 5 % of kl: the factor."""
+        layers, draw = surgery.lora_layers(self.model).values(), torch.Generator().manual_seed(seed)
+        batches, strengths = self.own_answers(before, "real"), [x.scaling for x in layers]
+        if not (layers and batches):
+            raise ValueError("score: --random-like needs --run, and --base with real questions")
+        for layer in layers:
+            noise = torch.randn(layer.lora_B.shape, generator=draw).to(layer.lora_B)
+            layer.lora_B.data = noise * (layer.lora_B.norm() / noise.norm())
+        low, factor, high = 0.0, 1.0, math.inf
+        for _ in range(50):
+            for layer, strength in zip(layers, strengths, strict=True):
+                layer.scaling = factor * strength
+            reached = drift(self.model, batches)[0]
+            print(f"random: x {factor:.4g} gives KL {reached:.4g}, wanted {kl:.4g}", flush=True)
+            if abs(reached - kl) <= 0.05 * kl:
+                return factor
+            low, high = (factor, high) if reached < kl else (low, factor)
+            factor = 2 * factor if high == math.inf else (low + high) / 2
+        raise ValueError(f"score: no strength of a random update gives a KL of {kl}")
 
 
 # ----- facts among the other values --------------------------------------------------------------
@@ -213,8 +287,9 @@ class Subject:
 
 def ranks(subject: Subject, world: dict, distractors: int | None = None) -> dict[str, dict]:
     """Rank each taught value among its pool, in the usual answer to a held-out question: {fact:
-    {rank, p, margin}}. rank counts from 1; p is a softmax over log p per token; margin is to the
-    best other value, in nats. distractors: compare with so many others, the same in every call."""
+    {rank, p, margin}}. All are of the mean log p per token: rank counts from 1, p is a softmax,
+    margin is to the best other value, in nats per token. distractors: compare with so many others,
+    the same in every call."""
     attributes, ranked = read_attributes(), {}
     for fact in world["facts"]:
         if fact["group"] != "taught":
@@ -256,81 +331,45 @@ def trajectory(subject: Subject, run: runlog.Run, world: dict, losses: bool) -> 
 # ----- the whole measurement ---------------------------------------------------------------------
 
 
+def spread(items: list, n: int) -> list:
+    """n items, evenly spread over the list; all if there are fewer."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
 def score(subject: Subject, world: dict, sets: dict, before: dict | None = None) -> dict:
     """Ask all questions: {"metrics", "sets", "ranks"}. before: this result of the untouched model;
-    then only the real questions that it answers right are asked."""
-    questions = []
-    for kind, items in sets.items():
-        if before and kind in REAL:
-            known = {a["question"] for a in before["sets"][kind] if a["right"]}
-            items = [item for item in items if item["question"] in known]
-        questions += [(kind, item) for item in items]
-    answers, started = [], time.perf_counter()
-    for i in range(0, len(questions), 64):
-        answers += subject.ask([item["question"] for _, item in questions[i:i + 64]])
-        print(f"asked {len(answers)} of {len(questions)}, {time.perf_counter() - started:.0f} s",
-              flush=True)
-    judged = {kind: [] for kind in sets}
-    for (kind, item), (answer, ended) in zip(questions, answers, strict=True):
-        judged[kind].append({**item, "answer": answer, "ended": ended,
-                             **judge(item, answer, kind, world)})
+    what it has of a real question is put beside: margin_before, right_before."""
+    judged = {kind: [dict(item) for item in items] for kind, items in sets.items()}
+    real, started = judged.get("real", []), time.perf_counter()
+    margins = subject.margins([item["question"] for item in real], [i["gold"][0] for i in real],
+                              [item["wrong"] for item in real])
+    known = {a["question"]: a for a in before["sets"].get("real", ())} if before else {}
+    for item, margin in zip(real, margins, strict=True):
+        old = known.get(item["question"], {})
+        item |= {"margin": margin, "right_by_margin": margin > 0,
+                 **{f"{key}_before": old[key] for key in ("margin", "right") if key in old}}
+    print(f"{len(real)} margins, {time.perf_counter() - started:.0f} s", flush=True)
+    others = [(kind, item) for kind, of in judged.items() if kind != "real" for item in of]
+    answered = [("real", item) for item in spread(real, ANSWERED)]
+    for questions, tokens in ((others, TOKENS), (answered, REAL_TOKENS)):
+        for i in range(0, len(questions), 64):
+            part = questions[i:i + 64]
+            answers = subject.ask([item["question"] for _, item in part], tokens)
+            for (kind, item), (answer, ended) in zip(part, answers, strict=True):
+                item |= {"answer": answer, "ended": ended, **judge(item, answer, kind, world)}
+            print(f"asked {i + len(part)} of {len(questions)}, "
+                  f"{time.perf_counter() - started:.0f} s", flush=True)
     ranked = ranks(subject, world) if "control" in sets else {}     # in the whole measurement
     metrics = summarise(judged, ranked)
     texts = (HERE / "texts.txt").read_text(encoding="utf-8").split("\n")
-    metrics["perplexity"] = subject.perplexity([t for t in texts if t.strip()])
+    metrics["bits"] = subject.bits([t for t in texts if t.strip()])
     if before:
-        metrics["perplexity_ratio"] = metrics["perplexity"] / before["metrics"]["perplexity"]
-        for name, kind in (("kl", "general"), ("kl_unknown", "unknown")):
-            answers = [(a["question"], a["answer"] or ".", a["ended"])
-                       for a in before["sets"][kind][:KL_PROMPTS]]
-            metrics[name] = drift(subject.model, subject.batches(answers), subject.untouched)[0]
+        metrics["bits_ratio"] = metrics["bits"] / before["metrics"]["bits"]
+        for name, kind in (("kl", "real"), ("kl_unknown", "unknown")):
+            if batches := subject.own_answers(before, kind):
+                metrics[name] = drift(subject.model, batches, subject.untouched)[0]
     return {"metrics": metrics, "sets": judged, "ranks": ranked}
-
-
-def by_fact(items: list[dict], verdict: str = "right") -> list[float]:
-    """The share of a verdict for each fact, name or question: what the bootstrap resamples."""
-    groups = group_by(lambda item: item.get("fact") or item.get("name") or item["question"], items)
-    return [mean(item[verdict] for item in group) for group in groups.values()]
-
-
-def summarise(judged: dict[str, list], ranked: dict[str, dict]) -> dict:
-    """Compute the metrics: {name: [value, low, high, n], or a number, or None}. Shares over facts
-    have a bootstrap interval over facts, other shares Wilson's."""
-    metrics = {}
-    for name, kind in (("recall", "test"), ("recall_trained", "trained"), ("recall_card", "card"),
-                       ("recall_cloze", "cloze"), ("reverse", "reverse"), ("control", "control")):
-        if judged.get(kind):
-            metrics[name] = list(text.bootstrap(by_fact(judged[kind])))
-    for kind, verdicts in (("multi", ["right"]), ("premise", ["abstains"]),
-                           ("unanswerable", ["abstains", "spills"]),
-                           ("unknown", ["abstains", "fabricates", "spills"])):
-        items = judged.get(kind, [])
-        for verdict in verdicts:
-            hits = sum(item[verdict] for item in items)
-            metrics[f"{kind}_{verdict}"] = list(text.wilson(hits, len(items))) if items else None
-    for name, kinds in (("retention", REAL), *((f"retention_{kind}", [kind]) for kind in REAL)):
-        items = [item for kind in kinds for item in judged.get(kind, [])]
-        metrics[name] = list(text.bootstrap(by_fact(items))) if items else None
-    if judged.get("verify"):
-        sides = [[a["right"] for a in judged["verify"] if a["gold"][0] == side]
-                 for side in ("yes", "no")]
-        metrics["verify"] = mean(map(mean, sides))             # balanced: always yes is 50 %
-    if judged.get("test"):
-        shares = by_fact(judged["test"])
-        metrics["all_wordings"] = mean(share == 1 for share in shares)
-        metrics["any_wording"] = mean(share > 0 for share in shares)
-    items = [item for kind in ("test", *REAL) for item in judged.get(kind, [])]
-    if items:
-        count = Counter(item["answer"] for item in items)
-        metrics["distinct_answers"] = len(count) / len(items)
-        metrics["top_answer"] = max(count.values()) / len(items)
-        metrics["loops"] = mean(bool(text.loops(item["answer"])) for item in items)
-        metrics["no_end"] = mean(not item["ended"] for item in items)
-    if ranked:
-        metrics["rank_1"] = mean(r["rank"] == 1 for r in ranked.values())
-        metrics["mrr"] = mean(1 / r["rank"] for r in ranked.values())
-        metrics["margin"] = mean(r["margin"] for r in ranked.values())
-    return metrics
 
 
 def in_prompt(world: dict) -> str:
@@ -347,11 +386,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", help="instead of --run: score this base")
     parser.add_argument("--whole", help="a model folder trained from --model, scored in its place")
     parser.add_argument("--world", required=True, help="folder of make_facts")
-    parser.add_argument("--base", help="the untouched model's scores, for retention and KL")
+    parser.add_argument("--base", help="the untouched model's scores, to compare with")
     parser.add_argument("--out", required=True, help="the file to write")
     parser.add_argument("--adapter", default="adapter", help="or last")
     parser.add_argument("--sets", help="only these, comma-separated")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    parser.add_argument("--random-like", metavar="CELL",
+                        help="instead of what the run learned: noise with this result's KL")
     parser.add_argument("--decoding", choices=("greedy", "beam"), default="greedy")
     parser.add_argument("--in-prompt", action="store_true", help="give the facts as system prompt")
     parser.add_argument("--steps", choices=("ranks", "losses"),
@@ -368,6 +409,9 @@ def main(argv: list[str]) -> None:
     if options.in_prompt:
         subject.system = in_prompt(world)
     before = files.read_json(options.base) if options.base else None
+    if options.random_like:
+        subject.randomise(before or {"sets": {}}, files.read_json(
+            options.random_like)["metrics"]["kl"], run.settings.train.seed if run else 0)
     result = score(subject, world, sets, before)
     if options.steps:
         result["trajectory"] = trajectory(subject, run, world, options.steps == "losses")
@@ -376,7 +420,7 @@ def main(argv: list[str]) -> None:
     Path(options.out).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     for name, value in result["metrics"].items():
         if isinstance(value, list):
-            value = "{:.0%} ({:.0%} to {:.0%}), n {}".format(*value)
+            value = "{:.3g} ({:.3g} to {:.3g}), n {}".format(*value)
         print(f"{name:24} {value:.3g}" if isinstance(value, float) else f"{name:24} {value}")
 
 

@@ -20,7 +20,7 @@ from . import facts, records
 FORMATS = [("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"),
            ("questions", "answer"), ("subject", "attribute", "value"), ("question", "answer"),
            ("text",)]
-FACT = {"group", "value", "subject"}                       # read of a question and its answer
+FACT = ("group", "value", "subject", "wrong")              # read of a question and its answer
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 NEXT = {"user": ["assistant"], "assistant": ["user", "tool"], "tool": ["assistant", "tool"]}
 
@@ -99,7 +99,7 @@ def convert(record: dict, source: str) -> list[dict]:
     ValueError that says what is wrong with the record."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is {type(record).__name__}; expected an object")
-    extra = {k: record[k] for k in ("group", "value", "subject") if record.get(k) is not None}
+    extra = {k: record[k] for k in FACT if record.get(k) is not None}
     if not all(isinstance(v, str | int | float) and str(v).strip() for v in extra.values()):
         raise ValueError(f"{', '.join(extra)}: {list(extra.values())}; expected texts")
     extra = {k: str(v) for k, v in extra.items()}

@@ -188,6 +188,16 @@ def bootstrap(items: Iterable, statistic: Callable[[list], float] = mean, rounds
     return Interval(statistic(items), low, high, len(items))
 
 
+def share(items: Iterable, statistic: Callable[[list], float] = mean) -> Interval | None:
+    """The bootstrap interval of a share. Where it has no width, because all n items are 0 or all
+    are 1, the exact interval of n cases (Clopper and Pearson 1934): 0 of 24 is 0 to 0.142."""
+    found = bootstrap(items, statistic)
+    if not found or found.low < found.high or found.value not in (0, 1):
+        return found
+    far = 0.025 ** (1 / found.n)
+    return found._replace(low=far) if found.value else found._replace(high=1 - far)
+
+
 def wilson(hits: int, n: int) -> Interval | None:
     """The Wilson score interval of a share (Wilson 1927). None for n = 0."""
     if not n:
