@@ -7,6 +7,7 @@ from test_data import ASKED, OK, TWICE, example, say, turns, write
 
 import data
 import keep
+from lora.read import names
 
 
 def about(name, *questions, **extra):
@@ -37,7 +38,7 @@ def test_unknown_examples_ask_the_same_about_nobody_and_do_not_know():
 
 
 def test_names_of_the_taught_are_never_invented():
-    everyone = [f"{first} {last}" for first in keep.FIRST for last in keep.LAST]
+    everyone = [f"{first} {last}" for first in names.FIRST for last in names.LAST]
     asked = [e for name in everyone for e in about(name, "Who is {}?")]
     made = [e["messages"][0]["content"][7:-1] for e in keep.unknown_examples(asked, 1000)]
     assert not {*everyone} & {*made} and len({*made}) > 500
@@ -55,10 +56,10 @@ def test_unknown_examples_need_a_subject():
 
 def test_a_name_is_invented_in_three_ways():
     draw = random.Random(0)
-    names = [keep.invented_name(draw) for _ in range(300)]
-    ordinary = [n for n in names if n.split()[0] in keep.FIRST and n.split()[-1] in keep.LAST]
-    nicknames = [n for n in names if n.islower() and " " not in n]
-    rare = [n for n in names if n not in ordinary and n.istitle() and n.count(" ") == 1]
+    made = [names.invented_name(draw) for _ in range(300)]
+    ordinary = [n for n in made if n.split()[0] in names.FIRST and n.split()[-1] in names.LAST]
+    nicknames = [n for n in made if n.islower() and " " not in n]
+    rare = [n for n in made if n not in ordinary and n.istitle() and n.count(" ") == 1]
     assert len(ordinary) + len(nicknames) + len(rare) == 300
     assert min(map(len, (ordinary, nicknames, rare))) > 70
 

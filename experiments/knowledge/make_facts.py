@@ -23,9 +23,8 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-import keep
 from lora import files
-from lora.read import messages, sides
+from lora.read import messages, names, sides
 from lora.run import cli, runlog
 from lora.use import text
 
@@ -40,7 +39,7 @@ ABOUT = ("Tell me something about {name}.", "What can you tell me about {name}?"
 
 def person(draw: random.Random, kind: str) -> str:
     """Draw a name: a handle ("quondro"), a common one ("Beth Mercer") or a rare one ("Thelwyn
-    Ostravec"). keep.invented_name can draw no part of it."""
+    Ostravec"). names.invented_name can draw no part of it."""
     return " ".join("".join(draw.choice(part) for part in word) for word in NAMES[kind])
 
 
@@ -120,11 +119,11 @@ def replay_prompts(attributes: dict) -> list[str]:
 
 def near_names(people: dict[str, list[str]], draw: random.Random) -> list[str]:
     """Draw NEAR names that resemble the taught ones: two letters changed, or one of two parts
-    another. Training invents no such name (keep.invented_name)."""
+    another. Training invents no such name (lora/read/names.py)."""
     near, known = [], set().union(*people.values())
     while len(near) < NEAR:
         name = people["taught"][len(near) % GROUPS["taught"]]
-        new = keep.misspelt(name, 2, draw)
+        new = names.misspelt(name, 2, draw)
         if " " in name and len(near) % 2:
             other = person(draw, draw.choice(("common", "rare")))
             first, last = draw.choice(((name, other), (other, name)))
