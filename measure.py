@@ -223,11 +223,12 @@ def sample_prompts(settings, some_set, n: int = 8) -> list[list[Message]]:
         wanted = [{"messages": [{"role": "user", "content": text}]} for text in texts]
         return [e["messages"] for e in
                 data.with_system(wanted, settings.data.system, settings.train.seed)]
-    dialogues = [example for example in some_set.examples if not data.is_text(example)]
-    stride = max(1, math.ceil(len(dialogues) / n))
-    return [*(asked(settings.train.questions)
-              or [example["messages"][:-1] for example in dialogues[::stride]]),
-            *asked(settings.keep.questions)]
+    prompts = asked(settings.train.questions)
+    if not prompts:
+        dialogues = [example for example in some_set.examples if not data.is_text(example)]
+        stride = max(1, math.ceil(len(dialogues) / n))
+        prompts = [example["messages"][:-1] for example in dialogues[::stride]]
+    return [*prompts, *asked(settings.keep.questions)]
 
 
 if __name__ == "__main__":

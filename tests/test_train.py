@@ -352,23 +352,17 @@ def test_with_nothing_to_keep_a_run_is_as_without_the_section(home):
     assert not (home / "runs/t/steps").exists()
 
 
-def bare_facts(home):
-    (home / "facts.jsonl").write_text(facts())
-
-
 def no_value(home):
     (home / "retain.jsonl").write_text('{"question": "a?", "answer": "b", "value": "b"}\n'
                                        '{"question": "a?", "answer": "b"}\n')
 
 
 @pytest.mark.parametrize("args, change, message", [
-    (("--keep.unknown_share=0.2",), bare_facts,
-     'keep.unknown_share needs records with a "subject"'),
     (("--keep.retain=retain.jsonl",), no_value, 'data: retain.jsonl:2: has no "value"'),
     (("--keep.retain=none.jsonl",), None, "data: none.jsonl: cannot be read"),
     (("--keep.replay=none.txt",), None, "data: none.txt: cannot be read"),
     ((KEEP[0], "--keep.replay_share=0.6", "--keep.unknown_share=0.4"), None,
-     "keep: replay_share and unknown_share leave less than a tenth to the data"),
+     "keep: replay_share and unknown_share leave nothing to the data"),
     (("--keep.unknown_share=0.91",), None, "keep.unknown_share is 0.91; expected at least 0 and"),
     (("--keep.replay_by=both",), None, 'keep.replay_by is "both"; expected "probabilities" or'),
     ((KEEP[0], "--dataset.max_length=8"), None, "no example fits in max_length=8"),
@@ -404,6 +398,32 @@ def test_shares_are_of_all_examples_and_only_of_what_is_asked_for(tmp_path):
     extras, counts = mixed(**replay, replay_share=0, unknown_share=0.001)
     assert (extras, counts) == ([], {"unknown": 0})
     assert len(dataset.windows([(range(3), 3), ([], 0)], 4, 1, None, 0)[0][1]) == 3
+
+
+def test_other_sides_are_counted_a_fact_and_the_unknown_are_asked_them_too(capsys):
+    known = data.fact_examples()[:64]                          # 8 facts
+    wanted = {"sides": {"reverse": 2, "yes-no": 0.5}, "unknown_share": 0.2}
+    extras, counts = keep.extra_examples(known, settings_of(
+        data={"system": "fixed"}, keep=wanted, train={"epochs": 3}))
+    assert counts == {"reverse": 16, "yes-no": 4, "unknown": 21}          # 21 of 84 + 21
+    kinds = [e["kind"] for e in extras]
+    assert [kinds.count(kind) for kind in counts] == [48, 12, 63]
+    assert all(e["messages"][0]["role"] == "system" for e in extras[:60])
+    asked = [e["messages"][-2]["content"] for e in extras if e["kind"] == "unknown"]
+    assert any("Is it true that" in text for text in asked)
+    assert "no questions of the kinds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [
+    lambda e: {k: v for k, v in e.items() if k != "subject"},             # nobody is named
+    lambda e: {**e, "subject": "nobody in the question"}])
+def test_sides_that_cannot_be_made_are_named_and_the_run_goes_on(capsys, change):
+    known = [change(e) for e in data.fact_examples()[:16]]
+    extras, counts = keep.extra_examples(known, settings_of(
+        keep={"sides": {"reverse": 2}, "unknown_share": 0.2}))
+    assert (extras, counts) == ([], {})
+    assert "keep: no questions of the kinds reverse, unknown: they are made of facts in English " \
+        'with a "subject", named in the question' in capsys.readouterr().out
 
 
 def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):

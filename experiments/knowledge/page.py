@@ -26,12 +26,10 @@ PAGE = Path(__file__).with_suffix(".html")
 SLOT = "{{result}}"
 WORDS = figures.WORDS
 METRICS, ALTS = WORDS["metrics"], WORDS["alts"]
-RUNG = re.compile(r"r\d+")        # of the repair ladder
-RECIPES = "untouched", "in-prompt", "r0", "r1", "r7", "r8", "full"     # rows of the main table
-NOT_SHARES = {"kl", "kl_unknown", "perplexity_ratio", "mrr", "margin"}
-MAIN = ("recall", "recall_trained", "reverse", "multi_right", "unanswerable_abstains",
-        "unknown_spills", "retention", "kl")
-PRICED = ("recall", "retention", "unknown_spills", "kl")
+RECIPES = ("untouched", "in-prompt", "r0", "r7", "ours", "placebo", "random", "bare", "lines",
+           "full")                               # rows of the main table
+NOT_SHARES = {"kl", "kl_unknown", "bits", "bits_ratio", "mcnemar", "answer_mcnemar", "mrr", "margin",
+              "margin_change", "margin_change_near", "margin_change_far", "margin_vs_placebo"}
 
 
 def write(result: dict, folder: Path | str) -> Path:
@@ -113,10 +111,10 @@ def word(verdict: bool | None, yes: str, no: str, unknown: str = "not measured")
 def sections(result: dict) -> list[dict]:
     """The sections of the page, in order; write() leaves out those without rows and figure.
 
-    words.json has their texts; {recall} in a head is the name of a metric. numbers: all columns but
+    words.json has their texts; {recall} in a head is a column of that metric. numbers: all columns but
     the first hold numbers; cards: rows hold long texts, which a narrow page shows one below the
     other."""
-    compared = [arm for arm in result["arms"] if arm["arm"] in ("untouched", "r7")]
+    compared = [arm for arm in result["arms"] if arm["arm"] in ("untouched", "ours")]
     rows, parts = tables(result, compared), []
     for name, words in WORDS["sections"].items():
         head = [text.format(**METRICS) for text in words.get("head", ())]
@@ -128,44 +126,49 @@ def sections(result: dict) -> list[dict]:
     return parts
 
 
+def columns(section: str) -> list[str]:
+    """The metrics in a section's head."""
+    return re.findall(r"{(\w+)}", " ".join(WORDS["sections"][section]["head"]))
+
+
 def tables(result: dict, compared: list[dict]) -> dict[str, list[list[str]]]:
     """The rows of each section's table; compared: the arms of which everything is shown."""
-    arms, removed = result["arms"], WORDS["removed"]
-    ours = {arm["model"] for arm in arms if arm["arm"] == "r7"}
-    without = [arm for arm in arms if arm["arm"] in removed and arm["model"] in ours]
+    arms, removed, fixes = result["arms"], WORDS["removed"], WORDS["fixes"]
+    first = {arm["model"] for arm in arms if arm["arm"] == "r7"}
+    without = [arm for arm in arms if arm["arm"] in removed and arm["model"] in first]
     repaired = {arm["model"] for arm in without}
-    rungs = [arm for arm in arms if RUNG.fullmatch(arm["arm"])]
-    sweeps = [arm for arm in arms if arm["metrics"].get("retention") and arm not in rungs
-              and arm["arm"] not in (*RECIPES, *removed)]
+    sweeps = [arm for arm in arms if arm["metrics"].get("margin_change")
+              and arm["arm"] not in (*RECIPES, *removed, *fixes)]
+    recipes = [arm for arm in arms if arm["arm"] in RECIPES]
 
-    def priced(rows):
-        return [[label(arm), arm["what"], *(of_metric(arm["metrics"], m) for m in PRICED)]
-                for arm in rows]
+    def measured(section, rows, what=True):
+        return [[label(arm), *([arm["what"]] if what else []),
+                 *(of_metric(arm["metrics"], m) for m in columns(section))] for arm in rows]
     return {
         "claims": [[c["text"], c["bound"], show(c["value"], "%" in c["bound"]),
                     word(c["holds"], "holds", "does not hold")] for c in result["claims"]],
-        "main": [[label(arm), *(of_metric(arm["metrics"], m) for m in MAIN),
-                  whole(arm["train_seconds"])] for arm in arms if arm["arm"] in RECIPES],
-        "ladder": [[label(arm), arm["what"],
-                    *(of_metric(arm["metrics"], m) for m in ("recall", "retention")),
-                    *(whole(arm[key]) for key in ("steps", "exposures", "parameters")),
-                    ", ".join(map(str, arm["seeds"]))] for arm in rungs],
+        "sides": measured("sides", [arm for arm in recipes if arm["metrics"].get("reverse")], False),
+        "main": [[*row, whole(arm["train_seconds"])] for arm, row in zip(
+            recipes, measured("main", recipes, False), strict=True)],
+        "hops": measured("hops", [arm for arm in arms if arm["metrics"].get("hops")]),
+        "ladder": [[*row, *(whole(arm[key]) for key in ("steps", "exposures", "parameters")),
+                    ", ".join(map(str, arm["seeds"]))] for arm in arms if arm["arm"] in fixes
+                   for row in measured("ladder", [arm])],
         "early": [],
         "transcripts": [[WORDS["sets"].get(t["set"], t["set"]), *(t[key] for key in (
             "question", "before", "source", "ours", "gold"))] for t in result["transcripts"]],
-        "which": priced([arm for arm in rungs if arm["arm"] == "r7" and arm["model"] in repaired]
-                        + without),
-        "sweeps": priced(sweeps),
+        "which": measured("which", [arm for arm in arms if arm["arm"] == "r7"
+                                    and arm["model"] in repaired] + without),
+        "sweeps": measured("sweeps", sweeps),
         "inertia": inertia(result["inertia"]),
-        "price": [[label(point), f"{point['scale']:g}", *(of_metric(point, m) for m in PRICED)]
-                  for point in result["frontier"]],
         "everything": [[text, *(of_metric(arm["metrics"], name) for arm in compared)]
-                       for name, text in METRICS.items() if compared and (name not in MAIN or name
-                       in ("reverse", "multi_right", "unanswerable_abstains"))],
+                       for name, text in METRICS.items()
+                       if compared and name not in columns("main") + columns("sides")],
         "worst": [[w["model"], w["fact"], show(w["share"]), w["question"], w["answer"], w["gold"]]
                   for w in result["worst"]],
-        "predictions": [[p["text"], p["measured"], word(p["right"], "came true", "was wrong")]
-                        for p in result["predictions"]],
+        "predictions": [[p["text"], str(p["round"]), p["measured"] + (WORDS["was"].format(
+            was=p["was"], now=METRICS[p["metric"]]) if p["was"] else ""),
+            word(p["right"], "came true", "was wrong")] for p in result["predictions"]],
         "difference": result["difference"], "head": result["head"]}
 
 

@@ -3,8 +3,8 @@ Collect all finished cells into one page and one result.json.
 
     python -m experiments.knowledge.report                  # reports/knowledge/report.html
 
-Shares of several seeds are pooled by fact, and their intervals are a bootstrap over facts. Claims
-and predictions are in claims.json; the predictions were written before the first full run.
+Cells of several seeds are pooled; metrics.py has what the intervals are over. Claims and predictions
+are in claims.json; each round of predictions was written before its cells ran.
 """
 
 import json
@@ -17,12 +17,18 @@ from data import group_by
 from experiments.knowledge import figures, page
 from experiments.knowledge.make_facts import HERE
 from experiments.knowledge.run import HOME, read_arms
-from experiments.knowledge.score import summarise
+from experiments.knowledge.metrics import summarise
 from lora import files
 from lora.run import cli, runlog
+from lora.use import text
 
-SCHEMA = "knowledge-result/1"
-MEANS = "kl", "kl_unknown", "perplexity_ratio"                # of trained cells, over seeds
+SCHEMA = "knowledge-result/2"
+FRONTIER = ("recall", "lost_minus_gained", "margin_change", "unknown_far_spills",
+            "unknown_near_spills")
+MEANS = "kl", "kl_unknown", "bits", "bits_ratio"              # over seeds
+BOUNDS = {"at_least": "at least", "at_most": "at most",
+          "low_at_least": "its interval's low end at least",
+          "high_at_least": "its interval's high end at least"}
 
 
 def read_cells() -> list[dict]:
@@ -38,30 +44,45 @@ def read_cells() -> list[dict]:
 def arms_of(cells: list[dict], order: list[str]) -> list[dict]:
     """Pool the cells of each model and arm; arms come in the given order, the chat model first."""
     groups, order = group_by(itemgetter("model", "arm"), cells), ["untouched", *order]
-    return [pooled(groups[model, arm]) for model, arm in sorted(
+    return [pooled(groups[model, arm], groups.get((model, "placebo"), [])) for model, arm in sorted(
         groups, key=lambda key: (key[0] != "chat", key[0], order.index(key[1])))]
 
 
-def pooled(cells: list[dict]) -> dict:
-    """Compute the metrics of one model's arm over the cells of its seeds."""
+def pooled(cells: list[dict], placebo: list[dict]) -> dict:
+    """Compute the metrics of one model's arm over the cells of its seeds. A fact, name or value of
+    another seed is another one; a real question is the same."""
     sets, ranks, first = {}, {}, cells[0]
     for cell in cells:
         for kind, items in cell["sets"].items():
             sets.setdefault(kind, []).extend(
-                {**item, "fact": f"{cell['seed']} {item['fact']}"} if "fact" in item else item
+                {**item, **{key: f"{cell['seed']} {item[key]}"
+                            for key in ("fact", "name", "value") if key in item}}
                 for item in items)
         ranks |= {f"{cell['seed']} {fact}": rank for fact, rank in cell["ranks"].items()}
     metrics = summarise(sets, ranks)
-    if first["arm"] == "untouched":
-        metrics |= {name: None for name in metrics if name.startswith("retention")}
-    for name in MEANS:
+    for name in MEANS:                             # KL of what was not trained is to itself
         values = [c["metrics"][name] for c in cells if c["metrics"].get(name) is not None]
-        metrics[name] = mean(values) if values and first["settings"] else None
+        metrics[name] = mean(values) if values and (first["settings"] or name == "bits") else None
+    if placebo and first["arm"] != "placebo":
+        metrics["margin_vs_placebo"] = against(cells, placebo)
     efforts = [effort(cell) for cell in cells if cell["log"]]
     return {"model": first["model"], "arm": first["arm"], "what": first["what"],
             "seeds": sorted(cell["seed"] for cell in cells), "metrics": metrics,
             **{key: mean(e[key] for e in efforts) if efforts else None
                for key in ("steps", "exposures", "train_seconds", "parameters")}}
+
+
+def against(cells: list[dict], placebo: list[dict]) -> list | None:
+    """How much more the margin on real questions rose than in the placebo: [value, low, high, n],
+    paired by question, each with its mean over the seeds that both have. None: not measured."""
+    seeds = {cell["seed"] for cell in cells} & {cell["seed"] for cell in placebo}
+    rises, others = ({question: mean(item["margin"] - item["margin_before"] for item in items)
+                      for question, items in group_by(itemgetter("question"), (
+                          item for cell in of if cell["seed"] in seeds
+                          for item in cell["sets"].get("real", ()) if "margin_before" in item
+                      )).items()} for of in (cells, placebo))
+    found = text.bootstrap(rises[question] - others[question] for question in rises)
+    return list(found) if found else None
 
 
 def effort(cell: dict) -> dict:
@@ -125,44 +146,43 @@ def judged(entry: dict, arms: list[dict]) -> tuple:
     first, second = (x[0] if isinstance(x, list) else x for x in (value, against))
     number = first / second if "over" in entry else first - second
     holds = entry.get("at_least", -1e9) <= number <= entry.get("at_most", 1e9)
-    if "low_at_least" in entry:
-        holds = holds and value[1] >= entry["low_at_least"]
+    for i, end in ((1, "low_at_least"), (2, "high_at_least")):
+        holds = holds and (end not in entry or value[i] >= entry[end])
     return number if other else value, holds
 
 
 def bound(entry: dict) -> str:
     """The bounds of an entry in words."""
-    return ", ".join(f"{words} {entry[key]:.0%}" for key, words in (
-        ("at_least", "at least"), ("at_most", "at most"),
-        ("low_at_least", "and its interval's low end at least")) if key in entry)
+    return ", ".join(f"{words} {page.show(entry[key], entry['metric'] not in page.NOT_SHARES)}"
+                     for key, words in BOUNDS.items() if key in entry)
 
 
 def measured(entry: dict, value: list | float | None) -> str:
     """The value of a prediction in words."""
     if value is None:
         return "not run"
-    if isinstance(value, list):
-        return f"{value[0]:.0%} ({value[1]:.0%} to {value[2]:.0%})"
-    return f"{value:+.0%}" if "less" in entry else f"{value:.2f}"
+    if "less" in entry:
+        return f"{100 * value:+z.0f} points".replace("-", "−")
+    return page.show(value, "over" not in entry and entry["metric"] not in page.NOT_SHARES)
 
 
 def transcripts_of(cells: list[dict]) -> list[dict]:
     """The same questions before and after: [{set, question, gold, before, source, ours}]."""
     chat = {(c["arm"], c["seed"]): c for c in reversed(cells) if c["model"] == "chat"}
-    before, ours = chat.get(("untouched", 0)), chat.get(("r7", 0))
+    before, ours = chat.get(("untouched", 0)), chat.get(("ours", 0))
     source = chat.get(("r1", 0)) or chat.get(("r0", 0)) or {"sets": {}}
     if not (before and ours):
         return []
     rows = []
-    for kind, count in (("test", 4), ("card", 1), ("multi", 1), ("reverse", 1), ("unknown", 2),
-                        ("unanswerable", 1), ("neighbours", 1), ("general", 1)):
-        items = ours["sets"][kind]
-        old, failed = ({item["question"]: item["answer"] for item in cell["sets"].get(kind, ())}
-                       for cell in (before, source))
-        for item in items[::max(1, len(items) // count)][:count]:
-            question = item["question"]
-            rows.append({"set": kind, "question": question, "before": old.get(question, ""),
-                         "source": failed.get(question, ""), "ours": item["answer"],
+    for kind, count in (("test", 3), ("multi", 1), ("reverse", 2), ("nobody", 1), ("verify", 2),
+                        ("premise", 1), ("unanswerable", 2), ("unknown", 2), ("real", 2)):
+        old, failed, answers = (
+            {item["question"]: item for item in cell["sets"].get(kind, ()) if "answer" in item}
+            for cell in (before, source, ours))
+        for item in [*answers.values()][::len(answers) // count | 1][:count]:     # odd: yes and no
+            was, then = (of.get(item["question"], {}).get("answer", "") for of in (old, failed))
+            rows.append({"set": kind, "question": item["question"], "before": was,
+                         "source": then, "ours": item["answer"],
                          "gold": ", ".join(item["gold"]) if item.get("gold") else
                          "(says that it does not know)"})
     return rows
@@ -172,7 +192,7 @@ def worst_of(cells: list[dict]) -> list[dict]:
     """The ten taught facts that ours says least often, with a wrong answer each."""
     rows = []
     for cell in cells:
-        items_of = group_by(itemgetter("fact"), cell["sets"]["test"] if cell["arm"] == "r7" else ())
+        items_of = group_by(itemgetter("fact"), cell["sets"]["test"] if cell["arm"] == "ours" else ())
         for fact, items in items_of.items():
             wrong = [item for item in items if not item["right"]]
             if wrong:
@@ -184,22 +204,17 @@ def worst_of(cells: list[dict]) -> list[dict]:
 
 
 def frontier_of(arms: list[dict], cells: list[dict]) -> list[dict]:
-    """Recall against retention of every arm of the chat model that learned, at any strength."""
+    """What every arm of the chat model knows and what it lost, at any strength."""
     scales = {c["arm"]: c["scale"] for c in reversed(cells) if c["model"] == "chat"}
-    points = []
-    for arm in arms:
-        m = arm["metrics"]
-        if arm["model"] == "chat" and m.get("retention") and m.get("recall"):
-            points.append({"model": "chat", "arm": arm["arm"], "scale": scales[arm["arm"]],
-                           "recall": m["recall"][0], "retention": m["retention"][0],
-                           "unknown_spills": m["unknown_spills"] and m["unknown_spills"][0],
-                           "kl": m["kl"]})
-    return points
+    return [{"model": "chat", "arm": arm["arm"], "scale": scales[arm["arm"]], "kl": m["kl"],
+             **{name: figures.spread(m.get(name))["value"] for name in FRONTIER}}
+            for arm in arms for m in [arm["metrics"]]
+            if arm["model"] == "chat" and m.get("margin_change") and m.get("recall")]
 
 
 def difference(arms: dict) -> list[list[str]]:
-    """List [key, in r0, in r7] of what the two recipes set differently."""
-    old, new = arms["r0"]["train"], arms["r7"]["train"]
+    """List [key, in r0, in ours] of what the two recipes set differently."""
+    old, new = arms["r0"]["train"], arms["ours"]["train"]
     return [[key, *("" if key not in part else json.dumps(part[key]) for part in (old, new))]
             for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
@@ -219,7 +234,8 @@ def collect() -> dict:
                        "value": value, "holds": holds})
     for entry in texts["predictions"]:
         value, holds = judged(entry, arms)
-        predictions.append({"id": entry["id"], "text": entry["text"],
+        predictions.append({"id": entry["id"], "text": entry["text"], "was": entry.get("was"),
+                            "round": entry.get("round", 1), "metric": entry["metric"],
                             "measured": measured(entry, value), "right": holds})
     models = {m: {"name": recipes["models"][m]["name"]}
               for m in dict.fromkeys(arm["model"] for arm in arms)}
@@ -247,10 +263,11 @@ def readme(result: dict) -> str:
     """The README's table and claims: what result.json says, and nothing else."""
     metrics = figures.metrics_of(result)
     columns = {("chat", "untouched"): "chat model, untouched", ("chat", "r0"): "the failed recipe",
-               ("chat", "r7"): "ours", ("base", "r7"): "base model, ours"}
+               ("chat", "r7"): "the first recipe", ("chat", "ours"): "ours",
+               ("base", "ours"): "base model, ours"}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" + "|--:" * len(columns) + "|"]
-    for name, label in page.WORDS["readme"].items():
-        cells = [label, *(page.of_metric(metrics[key], name) for key in columns)]
+    for name in page.WORDS["readme"]:
+        cells = [page.METRICS[name], *(page.of_metric(metrics.get(k, {}), name) for k in columns)]
         lines.append(f"| {' | '.join(cells)} |")
     outcomes = {True: "Holds", False: "**Does not hold**", None: "Not run"}
     return "\n".join([*lines, "", *(f"- {outcomes[claim['holds']]}: {in_words(claim)}."
@@ -258,7 +275,7 @@ def readme(result: dict) -> str:
 
 
 def in_words(claim: dict) -> str:
-    return f"{claim['text']}: {page.show(claim['value'])} ({claim['bound']})"
+    return f"{claim['text']}: {page.show(claim['value'], '%' in claim['bound'])} ({claim['bound']})"
 
 
 def main(argv: list[str]) -> None:
