@@ -10,7 +10,8 @@ import pytest
 
 import data
 import keep
-from experiments.knowledge import make_facts, score
+from experiments.knowledge import hops, make_facts, score
+from lora.read import names, sides
 from lora.use import text
 
 SEEDS = range(4)
@@ -18,8 +19,8 @@ SEEDS = range(4)
 WORLDS = {seed: make_facts.make(seed) for seed in SEEDS}
 ATTRIBUTES = make_facts.read_attributes()
 TRAINING = ("train.jsonl", "val.jsonl", "train-1.jsonl", "train-2.jsonl", "train-4.jsonl",
-            "train-8.jsonl", "train-debate.jsonl")
-# the grammar of keep.invented_name, written out: an invented word is one or two of these, an end
+            "train-8.jsonl")
+# the grammar of names.invented_name, written out: an invented word is one or two of these, an end
 SYLLABLE = "(?:b|d|dr|f|g|j|k|l|m|n|r|s|t|v|z|th|sh|br|pl)[aeiou]"
 INVENTED = re.compile(f"(?:{SYLLABLE}){{1,2}}[lnrks]?")
 
@@ -54,22 +55,25 @@ def test_every_fact_is_taught_in_equally_many_different_wordings(world):
     ids = {f"{f['name']}: {f['attribute']}" for f in facts}
     assert len(facts) == len(ids) == 24
     for file, n in (("train.jsonl", 12), ("train-8.jsonl", 8), ("train-4.jsonl", 4),
-                    ("train-2.jsonl", 2), ("train-1.jsonl", 1), ("val.jsonl", 2),
-                    ("train-debate.jsonl", 14)):
+                    ("train-2.jsonl", 2), ("train-1.jsonl", 1), ("val.jsonl", 2)):
         said = {(r["group"], r["question"], r["answer"]) for r in world[file]}
         assert Counter(group for group, *_ in said) == dict.fromkeys(ids, n), file
     assert world["manifest.json"]["wordings_per_fact"] == [12]
     for line in world["train.jsonl"]:
         (fact,) = (f for f in facts if line["group"] == f"{f['name']}: {f['attribute']}")
         assert line["value"] == fact["value"] and score.says(line["answer"], fact["value"])
+    head, *lines = world["facts.csv"]
+    assert head == ("subject", "attribute", "value")
+    assert [(s, v) for s, _, v in lines] == [(f["name"], f["value"]) for f in facts]
 
 
 def test_control_and_unknown_people_are_in_no_training_file(world):
     written = json.dumps([world[file] for file in TRAINING], ensure_ascii=False).casefold()
     groups = world["facts.json"]["people"]
     assert all(name.casefold() in written for name in groups["taught"])
-    parts = [part.casefold() for group in ("control", "unknown") for name in groups[group]
+    parts = [part.casefold() for group in ("control", "far") for name in groups[group]
              for part in name.split()]
+    assert not [name for name in groups["near"] if name.casefold() in written]
     assert not [part for part in parts if re.search(rf"\b{part}\b", written)]
     replayed = "\n".join(world["replay.txt"]).casefold()
     assert not [name for name in people(world) if name.casefold() in replayed]
@@ -78,10 +82,24 @@ def test_control_and_unknown_people_are_in_no_training_file(world):
 
 
 def test_the_same_kinds_of_name_are_in_every_group(world):
-    for names in world["facts.json"]["people"].values():
+    groups = world["facts.json"]["people"]
+    for group in ("taught", "control", "far"):
         kinds = ["handle" if name.islower() else "common" if name.split()[0] in FIRST
-                 else "rare" for name in names]
-        assert Counter(kinds) == dict.fromkeys(make_facts.TYPES, len(names) // 3)
+                 else "rare" for name in groups[group]]
+        assert Counter(kinds) == dict.fromkeys(make_facts.TYPES, len(groups[group]) // 3)
+
+
+def test_near_names_are_like_the_taught_ones_and_no_training_invents_them(world):
+    groups = world["facts.json"]["people"]
+    assert len(groups["far"]) == len({*groups["near"]}) == 30
+    for n, name in enumerate(groups["near"]):
+        like = groups["taught"][n % 3]
+        letters = len(name) == len(like) and sum(a != b for a, b in zip(name, like, strict=True))
+        assert letters == 2 or {*name.split()} & {*like.split()}, (name, like)
+    draw = random.Random(0)
+    invented = {names.invented_name(draw, like, close=True) for like in groups["taught"]
+                for _ in range(3000)}
+    assert len(invented & {*groups["near"]}) <= 1
 
 
 # ----- nothing of the test is trained ------------------------------------------------------------
@@ -146,12 +164,12 @@ def test_values_say_nothing_about_names():
 
 
 def test_no_name_is_invented_for_training():
-    names = {name.casefold() for seed in range(40) for name in people(make_facts.make(seed))}
-    parts = {part for name in names for part in name.split()}
-    invented = [keep.invented_name(draw) for draw in map(random.Random, range(5))
+    known = {name.casefold() for seed in range(12) for name in people(make_facts.make(seed))}
+    parts = {part for name in known for part in name.split()}
+    invented = [names.invented_name(draw) for draw in map(random.Random, range(5))
                 for _ in range(2000)]
-    ordinary = {part.casefold() for part in keep.FIRST + keep.LAST}
-    assert len({*invented}) > 5000 and not names & {name.casefold() for name in invented}
+    ordinary = {part.casefold() for part in names.FIRST + names.LAST}
+    assert len({*invented}) > 5000 and not known & {name.casefold() for name in invented}
     assert not parts & ordinary
     for word in " ".join(invented).casefold().split():         # INVENTED is what it claims to be
         assert word in ordinary or INVENTED.fullmatch(word)
@@ -167,8 +185,8 @@ def test_no_name_says_a_value():
     """Else an answer that repeats the name would be judged to name another value."""
     for seed in (5, 10, 11, 21):                           # drew "Oscar", a sibling's name, once
         made = make_facts.make(seed)["facts.json"]
-        names = [name for group in made["people"].values() for name in group]
-        assert not [(name, v) for pool in made["pools"].values() for v in pool for name in names
+        assert not [(name, v) for pool in made["pools"].values() for v in pool
+                    for group in made["people"].values() for name in group
                     if score.says(name, v)]
 
 
@@ -187,9 +205,12 @@ def test_wordings_have_the_slots_they_need_and_give_no_value_away(key):
     assert len(set(a["questions"])) == 16 and len(set(a["statements"])) == 8
     for wording in [*a["questions"], a["cloze"], a["part"]]:
         assert wording.count("{name}") == 1 and "{value}" not in wording
-    for wording in [*a["statements"], a["answer"], a["verify"]]:
+    asked = json.loads((make_facts.HERE / "asked.json").read_text("utf-8"))[key]
+    for wording in [*a["statements"], a["answer"], *asked["verify"]]:
         assert wording.count("{name}") == wording.count("{value}") == 1
-    assert a["reverse"].count("{value}") == 1 and "{name}" not in a["reverse"]
+    for wording in asked["reverse"] + asked["reverse_far"]:
+        assert wording.count("{value}") == 1 and "{name}" not in wording
+    assert [len(asked[side]) for side in ("reverse", "reverse_far", "verify")] == [3, 3, 2]
     for wording in [*a["questions"], *a["statements"], a["answer"], a["cloze"], a["label"]]:
         empty = wording.replace("{value}", " - ").replace("{name}", " - ")
         assert not [v for v in a["values"] if score.says(empty, v)], wording
@@ -202,9 +223,11 @@ def test_every_question_has_its_name_and_not_its_answer(world):
     for kind, items in world["test.json"].items():
         assert items, kind
         for item in items:
-            if kind == "reverse":
+            if kind.startswith("reverse"):
                 assert item["name"] == item["gold"][0]
-            elif kind not in ("neighbours", "general"):
+            elif kind == "nobody":
+                assert score.says(item["question"], item["value"])
+            elif kind != "real":
                 assert item["name"] in item["question"] and "{" not in item["question"]
             if kind != "verify":
                 assert not [g for g in item.get("gold", ()) if score.says(item["question"], g)]
@@ -218,37 +241,72 @@ def test_the_gold_of_every_item_is_the_fact(world):
             assert item["gold"] == [facts[item["name"], item["attribute"]]]
             assert item["fact"] == f"{item['name']}: {item['attribute']}"
     assert Counter(i["fact"] for i in sets["test"]) == {i["fact"]: 4 for i in sets["card"]}
+    rivals = 0
     for item in sets["verify"]:
         true = score.says(item["question"], facts[item["name"], item["attribute"]])
         assert item["gold"] == ["yes" if true else "no"]
-    assert Counter(i["gold"][0] for i in sets["verify"]) == {"yes": 12, "no": 12}
+        rivals += not true and any(score.says(item["question"], facts[other, item["attribute"]])
+                                   for other in world["facts.json"]["people"]["taught"])
+    assert rivals == 12 and len({(i["fact"], *i["gold"]) for i in sets["verify"]}) == 48
+    held = {*facts.values()}
+    assert not held & {i["value"] for i in sets["nobody"]} and len(sets["nobody"]) == 24
     for item in sets["multi"]:
         assert len({*item["gold"]}) == 2
         assert {*item["gold"]} <= {v for (name, _), v in facts.items() if name == item["name"]}
     groups = world["facts.json"]["people"]
-    assert {i["name"] for i in sets["unknown"]} == {*groups["unknown"]}
+    for near, group in ((True, "near"), (False, "far")):
+        asked = Counter(i["name"] for i in sets["unknown"] if i["near"] == near)
+        assert asked == dict.fromkeys(groups[group], 2)
     assert {i["name"] for i in sets["control"]} == {*groups["control"]}
 
 
-def test_yes_and_no_are_not_told_by_the_attribute():
-    sides = {}
-    for item in (item for world in WORLDS.values() for item in world["test.json"]["verify"]):
-        sides.setdefault(item["attribute"], set()).add(item["gold"][0])
-    assert all(len(side) == 2 for side in sides.values())
-
-
-def test_what_is_asked_as_unanswerable_is_no_attribute_and_not_trained_as_such():
+def test_no_pair_value_or_topic_of_the_test_is_trained():
     untaught = json.loads((make_facts.HERE / "unanswerable.json").read_text("utf-8"))["untaught"]
-    topics = [[t["topic"] for t in untaught[part]] for part in ("train", "test")]
-    assert not {*topics[0]} & {*topics[1]} and not {*topics[0], *topics[1]} & ATTRIBUTES.keys()
+    assert not {topic["topic"] for topic in untaught} & ATTRIBUTES.keys()
+    asked = " ".join(q.format(name="-") for topic in untaught for q in topic["questions"])
+    assert not [word for topic in sides.TABLES["untaught"] for word in topic["words"]
+                if re.search(rf"\b{word}s?\b", asked.casefold())]
+    for seed, world in WORLDS.items():
+        trained = make_facts.pairs_trained(world["train-8.jsonl"], seed)
+        pairs = {frozenset(f"{i['name']}: {key}" for key in i["fact"].partition(": ")[2].split(", "))
+                 for i in world["test.json"]["multi"]}
+        assert len(pairs) == 24 and trained and not pairs & trained
+        values = {v for of in sides.TABLES["values"].values() for v in of}
+        assert not values & {i["value"] for i in world["test.json"]["nobody"]}
+
+
+def test_two_hop_questions_are_about_people_held_out():
+    for seed in SEEDS:
+        world = hops.make(seed)
+        assert world == hops.make(seed)
+        people = world["facts.json"]["people"]["taught"]
+        facts = {(f["name"], f["attribute"]): f["value"] for f in world["facts.json"]["facts"]}
+        lines = {name: world[f"train-{name}.jsonl"] for name in ("none", "plain", "bridge")}
+        more = {name: of[len(lines["none"]):] for name, of in lines.items()}
+        assert not more["none"] and len({*people}) == 6
+        assert [r["question"] for r in more["plain"]] == [r["question"] for r in more["bridge"]]
+        for plain, bridge in zip(more["plain"], more["bridge"], strict=True):
+            assert plain["value"] in plain["answer"] and plain["value"] in bridge["answer"]
+            assert not any(f"{name}'s" in plain["question"] for name in people[-2:])
+        trained = {data.plain(r["question"]) for r in lines["bridge"]}
+        for item in world["test.json"]["hops"]:
+            link = "friend" if "friend" in item["question"] else "teacher"
+            assert item["name"] in people[-2:] and data.plain(item["question"]) not in trained
+            assert item["gold"] == [facts[facts[item["name"], link], item["attribute"]]]
+            assert len({f["value"] for f in world["facts.json"]["facts"]
+                        if f["attribute"] == item["attribute"]}) == 6
+        assert not trained & {data.plain(i["question"]) for i in world["test.json"]["test"]}
 
 
 # ----- real questions ----------------------------------------------------------------------------
 
 
 def test_real_questions_do_not_contain_their_answer_and_have_one():
-    for file in ("neighbours.jsonl", "general.jsonl", "retain.jsonl"):
+    for file in ("real.jsonl", "retain.jsonl"):
         for record in make_facts.read_lines(file):
+            right = {score.plain(gold) for gold in (record["value"], *record["aliases"])}
+            wrong = {score.plain(value) for value in record.get("wrong", "abc")}
+            assert len(wrong) == 3 and not right & wrong, record
             for gold in (record["value"], *record["aliases"]):
                 assert score.plain(gold) and "|" not in gold
                 assert not score.says(record["question"], gold), record
@@ -257,7 +315,7 @@ def test_real_questions_do_not_contain_their_answer_and_have_one():
 def test_no_real_question_is_asked_twice_or_replayed(tmp_path):
     replay = make_facts.write(0, tmp_path) / "replay.txt"
     sets = {name: [data.plain(r["question"]) for r in make_facts.read_lines(f"{name}.jsonl")]
-            for name in ("neighbours", "general", "retain")}
+            for name in ("real", "retain")}
     sets["replay"] = [data.plain(e["messages"][0]["content"])
                       for e in keep.read_replay(replay)]
     for one, two in combinations(sets, 2):
@@ -275,19 +333,12 @@ def test_training_files_are_read_and_every_question_has_its_subject(tmp_path, ca
         assert len(made) == len(WORLDS[0][file])
         for example in made:
             question, answer = (m["content"] for m in example["messages"])
-            assert example["subject"] in question or question.startswith("True or false?")
-            assert example["subject"] in answer or answer == "True."
+            assert example["subject"] in question and example["subject"] in answer
             assert {"group", "value", "subject"} <= example.keys()
+    facts = sides.facts_of(data.read_examples(folder / "facts.csv"))
+    assert [(f.subject, f.value) for f in facts] == [
+        (f["name"], f["value"]) for f in WORLDS[0]["facts.json"]["facts"][:24]]
     examples = data.read_examples(folder / "train.jsonl")
     assert len(keep.unknown_examples(examples, 50)) == 50
     retain = data.read_examples(folder / "retain.jsonl")
     assert all(data.contains(e["messages"][-1]["content"], e["value"]) for e in retain)
-
-
-def test_a_debate_is_about_the_fact(world):
-    extra = [r for r in world["train-debate.jsonl"] if r not in world["train.jsonl"]]
-    for r in extra:
-        claim, true = r["question"].removeprefix("True or false? "), r["answer"] == "True."
-        assert score.says(claim, r["value"]) == true
-        assert true or (r["answer"].startswith("False. ") and score.says(r["answer"], r["value"]))
-    assert len(extra) == 48

@@ -17,16 +17,20 @@ from plots.figures import LIGHT, plt
 SCHEMA = json.loads(Path(pages.__file__).with_name("result.schema.json").read_text("utf-8"))
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> a|b `c` *d* {{result}}\n" \
        "next\u2028line <!-- \\"
-# recall, retention, unknown names given a taught value
-SCORES = {"untouched": (0.0, None, 0.0), "in-prompt": (0.83, 0.97, 0.08), "r0": (0.01, 0.99, 0.0),
-          "r1": (0.01, 0.99, 0.0), "r2": (0.02, 0.99, 0.01), "r3": (0.04, 0.98, 0.01),
-          "r4": (0.10, 0.97, 0.02), "r5": (0.24, 0.96, 0.08), "r6": (0.91, 0.71, 0.85),
-          "r7": (0.97, 0.93, 0.04), "no-replay": (0.98, 0.64, 0.13), "no-unknown": (0.97, 0.9, 0.8),
-          "old-place": (0.62, 0.95, 0.06), "old-lr": (0.09, 0.99, 0.0),
-          "old-wording": (0.58, 0.93, 0.05), "old-split": (0.41, 0.97, 0.02),
-          "old-split-last": (0.78, 0.94, 0.04), "old-mask": (0.96, 0.92, 0.05),
-          "no-statements": (0.95, 0.94, 0.03), "hard-replay": (0.97, 0.84, 0.07)}
-SHORT = [("chat", "r0"), ("chat", "r7"), ("base", "r7")]
+# recall, lost minus gained, unknown names given a taught value, what is known from other sides
+SCORES = {"untouched": (0.0, None, 0.0, 0.03), "in-prompt": (0.83, 0.03, 0.08, None),
+          "r0": (0.01, 0.0, 0.0, None), "r2": (0.02, -0.01, 0.01, None),
+          "r3": (0.04, 0.02, 0.01, None), "r4": (0.10, 0.03, 0.02, None),
+          "r5": (0.24, 0.04, 0.08, None), "r6": (0.91, 0.29, 0.85, None),
+          "r7": (0.97, 0.03, 0.04, 0.1), "ours": (0.99, -0.02, 0.01, 0.85),
+          "placebo": (0.0, -0.01, 0.0, None), "random": (0.01, 0.02, 0.0, None),
+          "bare": (0.95, 0.18, 0.6, 0.02), "lines": (0.94, 0.0, 0.02, 0.8),
+          "hops-none": (0.98, None, None, None), "hops-bridge": (0.97, None, None, None),
+          "no-replay": (0.98, 0.36, 0.13, None), "no-unknown": (0.97, 0.1, 0.8, None),
+          "old-place": (0.62, 0.05, 0.06, None), "old-lr": (0.09, -0.03, 0.0, None),
+          "old-wording": (0.58, 0.07, 0.05, None), "r7-50": (0.6, 0.02, 0.03, None),
+          "no-statements": (0.95, 0.04, 0.03, None), "hard-replay": (0.97, 0.12, 0.07, None)}
+SHORT = [("chat", "r0"), ("chat", "ours"), ("base", "ours")]
 
 
 def share(value, n=72):
@@ -37,41 +41,49 @@ def share(value, n=72):
     return [value, max(0, value - half), min(1, value + half), n]
 
 
-def metrics(recall, retention, spills):
+def metrics(recall, lost, spills, sides):
     made = {name: share(recall * part) for name, part in (
-        ("recall", 1), ("recall_trained", 1.02), ("recall_card", 0.9), ("recall_cloze", 0.8),
-        ("reverse", 0.05), ("multi_right", 0.3))}
-    made |= {name: share(retention) for name in (
-        "retention", "retention_neighbours", "retention_general")}
-    abstains = 0.05 + 0.8 * recall * (1 - spills)
-    made |= {"control": share(0.04), "premise_abstains": share(0.1),
-             "unknown_spills": share(spills), "unanswerable_abstains": share(0.6),
-             "unanswerable_spills": share(spills),
-             "unknown_abstains": share(min(abstains, 1 - spills)),
-             "unknown_fabricates": share(min(spills + 0.1, 1 - abstains))}
-    return {**made, "verify": 0.5 + 0.1 * recall, "kl": None if retention is None else 0.12,
-            "kl_unknown": 1.1, "perplexity": 23.1, "perplexity_ratio": 1.02, "mrr": 0.4,
-            "distinct_answers": 0.97, "top_answer": 0.02, "loops": 0.0, "no_end": 0.01,
-            "rank_1": 0.3, "margin": -0.4, "all_wordings": recall / 2, "any_wording": recall}
+        ("recall", 1), ("recall_trained", 1.01), ("recall_card", 0.9), ("recall_cloze", 0.8))}
+    if sides is not None:
+        made |= {name: share(sides * part) for name, part in (
+            ("multi_right", 1.1), ("reverse", 1), ("reverse_far", 0.4), ("nobody_abstains", 0.9),
+            ("premise_abstains", 1.05), ("unanswerable_abstains", 0.8))}
+        made |= {"verify": share(0.5 + sides / 3), "control": share(0.04)}
+    for name in ("far", "near") if spills is not None else ():
+        given = spills * (1 if name == "far" else 1.17)
+        abstains = 0.05 + 0.8 * recall * (1 - given)
+        made |= {f"unknown_{name}_spills": share(given),
+                 f"unknown_{name}_abstains": share(min(abstains, 1 - given)),
+                 f"unknown_{name}_fabricates": share(min(given + 0.1, 1 - abstains))}
+    if lost is not None:
+        made |= {"margin_change": [-5 * lost, -5 * lost - 0.2, -5 * lost + 0.2, 320],
+                 "lost_minus_gained": [lost, lost - 0.02, lost + 0.02, 320], "mcnemar": 0.03,
+                 "margin_vs_placebo": [-0.1, -0.3, 0.1, 320]}
+    return {**made, "kl": None if lost is None else 0.12, "kl_unknown": 1.1, "bits": 4.1,
+            "bits_ratio": 1.02, "mrr": 0.4, "distinct_answers": 0.97, "top_answer": 0.02,
+            "loops": 0.0, "no_end": 0.01, "rank_1": 0.3, "margin": -0.4,
+            "all_wordings": recall / 2, "any_wording": recall}
 
 
 def arm(model, name):
     recall, *rest = SCORES[name]
     trained = name not in ("untouched", "in-prompt")
+    made = metrics(recall if model == "chat" else 0.94 * recall, *rest)
+    if name.startswith("hops"):
+        made["hops"] = share(0.1, 16)
     return {"model": model, "arm": name, "what": f"what {name} does", "seeds": [0, 1, 2],
             "steps": 60 if trained else None, "exposures": 24.0 if trained else None,
             "parameters": 2442240 if trained else None,
-            "train_seconds": 300.5 if trained else None,
-            "metrics": metrics(recall if model == "chat" else 0.94 * recall, *rest)}
+            "train_seconds": 300.5 if trained else None, "metrics": made}
 
 
 def make_result(cells=None):
     """What experiments.knowledge.report collects; of some cells, or of all with everything."""
     every = [("chat", a) for a in SCORES] + [
-        ("base", a) for a in ("untouched", "in-prompt", "r0", "r7", "no-replay", "old-lr")]
+        ("base", a) for a in ("untouched", "r7", "ours", "no-replay", "old-lr")]
     arms = [arm(*cell) for cell in cells or every]
     result = {
-        "schema": "knowledge-result/1", "head": [["machine", "Linux x86_64, 2 threads"]],
+        "schema": "knowledge-result/2", "head": [["machine", "Linux x86_64, 2 threads"]],
         "models": {"chat": {"name": "smollm2-135m-instruct"}, "base": {"name": "gemma-3-270m"}},
         "arms": arms, "curves": [], "inertia": [], "frontier": [], "transcripts": [], "worst": [],
         "claims": [{"id": "chat-learns", "text": "Our recipe teaches the chat model",
@@ -94,11 +106,9 @@ def make_result(cells=None):
             for model in ("chat", "base") for seed in (0, 1) for i in range(24)
             for margin in [dice.gauss(-4 if model == "chat" else -2.5, 2)]]
     frontier = [{"model": "chat", "arm": name, "scale": 1.0, "recall": recall, "kl": None,
-                 "retention": retention, "unknown_spills": spills}
-                for name, (recall, retention, spills) in SCORES.items() if name != "untouched"]
-    frontier += [{**frontier[8], "scale": x, "recall": 0.97 - (1 - x) ** 2 * 2,
-                  "retention": 0.99 - 0.06 * x * x, "unknown_spills": None}
-                 for x in (0.5, 0.75, 1.25)]
+                 "lost_minus_gained": lost, "margin_change": -5 * lost,
+                 "unknown_far_spills": spills, "unknown_near_spills": None}
+                for name, (recall, lost, spills, _) in SCORES.items() if lost is not None]
     return {**result, "inertia": dots, "frontier": frontier,
             "claims": [*result["claims"],
                        {"id": "spill-over", "text": "Unknown names given a taught value",
@@ -120,9 +130,10 @@ def make_result(cells=None):
                        "gold": "Larkmoor"}],
             "predictions": [
                 {"id": "reverse", "text": "Reversed questions stay unanswered: at most 10 %",
-                 "measured": "5 % (1 % to 9 %)", "right": True},
-                {"id": "soft", "text": "KL halves", "measured": "0.81", "right": False},
-                {"id": "grid", "text": "Rank does not matter", "measured": "not run",
+                 "round": 1, "measured": "5 % [1, 9]", "right": True},
+                {"id": "soft", "text": "KL halves", "round": 1, "measured": "0.81",
+                 "right": False},
+                {"id": "grid", "text": "Rank does not matter", "round": 2, "measured": "not run",
                  "right": None}],
             "head": [["machine", "Linux x86_64, 2 threads"], ["versions", "torch 2.12.1"],
                      ["facts of seed 0", "3b1f" * 16],
@@ -139,7 +150,7 @@ def folders(tmp_path_factory):
     for name, result in (("whole", RESULT), ("short", make_result(SHORT))):
         made[name] = tmp_path_factory.mktemp(name)
         if name == "whole":
-            assert len(figures.draw(result, made[name])) == 5
+            assert len(figures.draw(result, made[name])) == 6
             pages.write(result, made[name])
         else:                                                 # as the command does it
             (made[name] / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -158,7 +169,7 @@ def test_results_are_as_the_schema_says(result):
 
 
 @pytest.mark.parametrize("change", [
-    {"schema": "knowledge-result/2"}, {"arms": None}, {"more": 1},
+    {"schema": "knowledge-result/1"}, {"arms": None}, {"more": 1},
     {"arms": [{**RESULT["arms"][0], "metrics": {"recall": [0.9, 0.8, 1.0]}}]},
     {"arms": [{**RESULT["arms"][0], "metrics": {"recall": "97 %"}}]},
     {"inertia": [{**RESULT["inertia"][0], "type": "odd"}]},
@@ -179,27 +190,32 @@ def numbers(folder, name):
 
 def test_all_figures_are_drawn_in_both_colours_with_their_numbers(folders):
     folder = folders["whole"]
-    names = {"ladder", "which", "early", "inertia", "price"}
+    names = {"sides", "ladder", "which", "early", "inertia", "price"}
     assert {f.name for f in folder.glob("*.png")} == {
         f"{name}{end}.png" for name in names for end in ("", "-dark")}
     assert {f.stem for f in folder.glob("*.csv")} == names and not plt.get_fignums()
     rungs = numbers(folder, "ladder")
     assert [(r["model"], r["arm"]) for r in rungs] == [
-        *(("chat", f"r{i}") for i in range(8)), ("base", "r7")]
-    assert float(rungs[7]["value"]) == 0.97 and rungs[7]["n"] == "72"
+        *(("chat", f"r{i}") for i in (0, *range(2, 8))), ("chat", "ours"), ("base", "ours")]
+    assert float(rungs[6]["value"]) == 0.97 and rungs[6]["n"] == "72"
+    sides = numbers(folder, "sides")
+    assert len(sides) == 4 * 7 and sides[14]["arm"] == "ours" and sides[14]["value"] == "0.99"
     worst = numbers(folder, "which")[0]
     assert worst["arm"] == "old-lr" and -0.89 < float(worst["change"]) < -0.8
     assert [r["step"] for r in numbers(folder, "early") if r["mark"]] == ["20", "60"]
     assert len(numbers(folder, "inertia")) == len(RESULT["inertia"])
-    assert {r["panel"] for r in numbers(folder, "price")} == {"frontier", "unknown"}
+    price = numbers(folder, "price")
+    assert {r["panel"] for r in price} == {"frontier", "unknown"}
+    assert [r["names"] for r in price if (r["model"], r["arm"]) == ("base", "ours")] == [
+        "far", "near"]
 
 
 def test_of_a_short_run_what_there_is(folders):
-    assert {f.stem for f in folders["short"].glob("*.csv")} == {"ladder", "price"}
+    assert {f.stem for f in folders["short"].glob("*.csv")} == {"sides", "ladder", "price"}
     assert len(numbers(folders["short"], "ladder")) == 3
 
 
-@pytest.mark.parametrize("name", ["ladder", "which", "early", "inertia", "price"])
+@pytest.mark.parametrize("name", ["sides", "ladder", "which", "early", "inertia", "price"])
 def test_a_lone_measurement_is_a_figure(name):
     """One dot, one point, one arm: numbers without an interval, and nothing else."""
     lone = {**make_result(SHORT), "inertia": RESULT["inertia"][:1],
@@ -208,7 +224,7 @@ def test_a_lone_measurement_is_a_figure(name):
                         "points": [{"step": 0, "val_loss": 2.0}]}]}
     lone["arms"] = [arm("chat", "r7"), arm("chat", "old-lr")]
     for one in lone["arms"]:
-        one["metrics"] = {"recall": 0.5, "retention": 1.0, "unknown_spills": None}
+        one["metrics"] = {"recall": 0.5, "lost_minus_gained": 0.0, "unknown_far_spills": None}
     rows_of, figure_of = figures.FIGURES[name]
     figure = figure_of(rows_of(lone), LIGHT)
     figure.draw_without_rendering()
@@ -258,12 +274,14 @@ def test_markdown_says_the_same(folders):
     assert ("| Our recipe teaches the chat model | at least 95 % | 97 % \\[93, 100\\] | holds |"
             in lines)
     assert any(line.endswith("| – | not measured |") for line in lines)
-    row = next(line for line in lines if line.startswith("| chat, r7 | 97 %"))
-    assert row.endswith("| 0.12 | 300 |") and "![" + pages.ALTS["early"] + "](early.png)" in lines
+    row = next(line for line in lines if line.startswith("| chat, ours | 99 %") and "300" in line)
+    assert row.endswith("| 1.02 | 0.12 | 300 |") and "| 0.10 \\[−0.10, 0.30\\] |" in row
+    assert "| chat, hops-bridge | what hops-bridge does | 10 % \\[0, 25\\] |" in "\n".join(lines)
+    assert "![" + pages.ALTS["early"] + "](early.png)" in lines
     assert not any("<script>" in line or "<img" in line for line in lines)
     assert "| lora.layers | 5 | all |" in lines
     short = (folders["short"] / "report.md").read_text(encoding="utf-8")
-    assert "Transcripts" not in short and "early.png" not in short and "| base, r7 |" in short
+    assert "Transcripts" not in short and "early.png" not in short and "| base, ours |" in short
 
 
 def test_a_nan_is_refused(tmp_path):

@@ -1,12 +1,13 @@
 """experiments/knowledge/run.py and report.py: which cells are run, once; what the report says."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from experiments.knowledge import figures, make_facts, report, run, score
+from experiments.knowledge import figures, make_facts, metrics, report, run, score
 from lora import config
 
 ARMS = run.read_arms()
@@ -42,14 +43,20 @@ def home(tmp_path, monkeypatch):
         sets = json.loads((world / "test.json").read_text())
         learned = "--run" in options
         answered = {kind: [{**item, "answer": " and ".join(item["gold"]) if "gold" in item and (
-            learned or kind in score.REAL) else "I don't know.", "ended": True} for item in items]
+            learned or kind == "real") else "I don't know.", "ended": True} for item in items]
             for kind, items in sets.items()}
         for kind, items in answered.items():
             for item in items:
                 item |= score.judge(item, item["answer"], kind, facts)
+        for n, item in enumerate(answered.get("real", ())):
+            margin = 1.5 if "placebo" in str(command) else 2.0
+            item |= {"margin": margin, "right_by_margin": True} | (
+                {"margin_before": 1.0, "right_before": True} if learned else {})
+            if n >= 96:                                       # has a margin alone
+                del item["answer"], item["right"]
         Path(options["--out"]).write_text(json.dumps({
-            "metrics": {**score.summarise(answered, {}), "perplexity": 10.0}
-            | ({"kl": 0.1, "kl_unknown": 0.5, "perplexity_ratio": 1.0} if learned else {}),
+            "metrics": {**metrics.summarise(answered, {}), "bits": 4.0}
+            | ({"kl": 0.1, "kl_unknown": 0.5, "bits_ratio": 1.0} if learned else {}),
             "sets": answered, "ranks": {}, "scale": 1.0, "seconds": 1.0, "decoding": "greedy"}))
     monkeypatch.setattr(run, "call", play)
     return calls
@@ -62,7 +69,7 @@ def test_every_arm_is_a_valid_config_for_every_model(tmp_path, model, arm):
     file.write_text(json.dumps(run.settings_of(ARMS, model, arm, 0)))
     settings = config.load(file)
     assert settings.model.name == ARMS["models"][model]["name"]
-    assert "{" not in file.read_text().replace("{", "", 7) or ARMS["arms"][arm]["train"] == {}
+    assert not re.search(r"\{\w+\}", file.read_text())         # no slot is left
 
 
 def test_every_arm_is_in_the_full_grid_and_every_grid_is_of_arms():
@@ -115,24 +122,85 @@ def test_a_failed_training_says_where_and_the_others_are_kept(home, monkeypatch)
     assert (run.HOME / "cells" / "chat-r7-s0.json").exists()
 
 
-def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path):
-    run.main(["--cells", "chat/r0", "chat/r7", "base/r7", "--seeds", "0", "1", "--jobs", "2"])
+def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *_: [])        # test_knowledge_page.py draws
+    run.main(["--cells", "chat/r0", "chat/ours", "base/ours", "chat/hops-none", "--jobs", "2",
+              "--seeds", "0", "1"])
+    run.main(["--cells", "chat/placebo"])                      # of one seed
     report.main(["--out", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     jsonschema.validate(result, SCHEMA)
-    ours = next(a for a in result["arms"] if (a["model"], a["arm"]) == ("chat", "r7"))
-    assert ours["metrics"]["recall"] == [1, 1, 1, 48] and ours["seeds"] == [0, 1]
-    assert ours["metrics"]["retention"][0] == 1 and ours["metrics"]["kl"] == 0.1
-    assert ours["parameters"] == 98 and ours["train_seconds"] == 30
-    assert ours["exposures"] == pytest.approx(9 * 16 * 0.4 / 24)
+    known = figures.metrics_of(result)
+    ours = next(a for a in result["arms"] if (a["model"], a["arm"]) == ("chat", "ours"))
+    assert ours["seeds"] == [0, 1] and ours["parameters"] == 98 and ours["train_seconds"] == 30
+    of = ours["metrics"]
+    assert of["recall"][::3] == [1, 48] and 0.92 < of["recall"][1] < 1 == of["recall"][2]
+    assert of["kl"] == 0.1 and of["bits"] == known["chat", "untouched"]["bits"] == 4
+    assert of["margin_vs_placebo"] == [0.5, 0.5, 0.5, 320]
+    assert known["chat", "untouched"]["bits_ratio"] is known["chat", "untouched"]["kl"] is None
+    assert "margin_vs_placebo" not in known["chat", "placebo"] | known["base", "ours"]
+    assert of["unknown_far_spills"][::3] == [0, 60] and of["nobody_abstains"][3] == 48
+    assert known["chat", "hops-none"]["hops"][0] == 1
+    made = ARMS["arms"]["ours"]["train"]
+    share = 1 - made["keep.replay_share"] - made["keep.unknown_share"]
+    share *= 8 / (8 + sum(made["keep.sides"].values()))
+    assert ours["exposures"] == pytest.approx(9 * 16 * share / 24)
     holds = {claim["id"]: claim["holds"] for claim in result["claims"]}
-    assert holds["chat-learns"] and holds["retention"] and not holds["source-fails"]
-    outcome = {p["id"]: (p["measured"], p["right"]) for p in result["predictions"]}
-    assert outcome["base-chat"] == ("+0%", True) and outcome["loo-lr"] == ("not run", None)
+    assert holds["wordings"] and holds["margin"] and holds["lost"] and not holds["source-fails"]
+    outcome = {p["id"]: (p["round"], p["measured"], p["right"]) for p in result["predictions"]}
+    assert outcome["ours-margin"] == (2, "0.50 [0.50, 0.50]", True)
+    assert outcome["loo-lr"] == (1, "not run", None) and outcome["hops-none"][2] is False
+    said = {(t["set"], t["gold"]) for t in result["transcripts"]}
+    assert {("verify", "yes"), ("verify", "no")} < said and len(result["transcripts"]) == 16
     table = report.readme(result)
-    assert "| 100 % [100, 100] |" in table and "- Holds: " in table
+    assert "| 100 % [93, 100] |" in table and "- Holds: " in table
     assert len(table.splitlines()) == 3 + len(figures.WORDS["readme"]) + len(result["claims"])
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_bounds_and_values_are_written_in_their_unit():
+    bits = {"of": "chat/ours", "metric": "bits_ratio", "at_most": 1.02}
+    assert report.bound(bits) == "at most 1.02" and report.measured(bits, 1.011) == "1.01"
+    high = {"of": "chat/ours", "metric": "margin_vs_placebo", "high_at_least": 0}
+    assert report.bound(high) == "its interval's high end at least 0.00"
+    lost = {"of": "chat/no-replay", "less": "chat/r7", "metric": "lost_minus_gained",
+            "at_least": 0.2, "was": "retention"}
+    assert report.bound(lost) == "at least 20 %"
+    assert report.measured(lost, -0.051) == "−5 points (real questions: lost minus gained)"
+
+
+@pytest.mark.parametrize(("high", "holds"), [(-0.01, False), (0.0, True), (0.3, True)])
+def test_a_claim_may_bound_the_high_end_of_an_interval(high, holds):
+    arms = [{"model": "chat", "arm": "ours", "metrics": {"margin_vs_placebo": [-1, -2, high, 9]}}]
+    entry = {"of": "chat/ours", "metric": "margin_vs_placebo", "high_at_least": 0}
+    assert report.judged(entry, arms) == ([-1, -2, high, 9], holds)
+
+
+def test_the_placebo_is_compared_question_by_question_over_common_seeds():
+    def cell(seed, *changes):
+        return {"seed": seed, "sets": {"real": [
+            {"question": str(n), "margin": 1 + x, "margin_before": 1}
+            for n, x in enumerate(changes)]}}
+    ours = [cell(0, -1, 0), cell(1, -3, 0), cell(2, 99, 99)]
+    placebo = [cell(1, -1, 0.5), cell(0, 0, 0.5), cell(7, 99, 99)]
+    found = report.against(ours, placebo)
+    assert found[0] == pytest.approx(((-2 + 0.5) + (0 - 0.5)) / 2) and found[3] == 2
+    assert found[1] == pytest.approx(-1.5) and found[2] == pytest.approx(-0.5)
+    assert report.against(ours, [cell(5, 1, 1)]) is None
+
+
+def test_every_entry_of_claims_json_is_of_arms_and_metrics_that_exist():
+    texts = json.loads((make_facts.HERE / "claims.json").read_text("utf-8"))
+    entries = texts["claims"] + texts["predictions"]
+    bounds = {"at_least", "at_most", "low_at_least", "high_at_least"}
+    for entry in entries:
+        for name in filter(None, (entry["of"], entry.get("less"), entry.get("over"))):
+            model, arm = name.split("/")
+            assert model in ARMS["models"] and arm in ARMS["arms"], entry
+        assert entry["metric"] in figures.WORDS["metrics"] and bounds & entry.keys(), entry
+    assert len({entry["id"] for entry in texts["claims"]}) == len(texts["claims"])
+    assert len({entry["id"] for entry in texts["predictions"]}) == len(texts["predictions"])
+    assert {*metrics.SHARES} <= {*figures.WORDS["metrics"]}
 
 
 def test_without_cells_the_report_says_what_to_run(home):

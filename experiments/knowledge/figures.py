@@ -1,5 +1,5 @@
 """
-Draw the figures of the experiment from its result.json: ladder, which, early, inertia and price.
+Draw the experiment's figures from its result.json: sides, ladder, which, early, inertia, price.
 
 Each is NAME.png, NAME-dark.png for a dark page, and NAME.csv with the numbers drawn. What was not
 measured is left out; a figure with nothing in it is not drawn. page.py is the command.
@@ -7,10 +7,11 @@ measured is left out; a figure with nothing in it is not drawn. page.py is the c
 
 import csv
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 
 from data import group_by
 from lora import files
@@ -19,7 +20,7 @@ from plots.figures import plain, plt, save
 WORDS = files.read_json(Path(__file__).with_name("words.json"))
 FIXES, REMOVED = WORDS["fixes"], WORDS["removed"]
 STYLE = {"font.size": 10.5, "legend.fontsize": 10}
-ABOUT_UNKNOWN = ("untouched", "in-prompt", "r0", "r7", "r8", "no-unknown", "no-replay")
+ABOUT_UNKNOWN = "untouched", "in-prompt", "r0", "r7", "ours", "bare"
 
 
 def draw(result: dict, folder: Path | str) -> list[Path]:
@@ -88,12 +89,44 @@ def error_bars(rows: list[dict]) -> list[list[float]]:
              for row in rows] for sign, end in ((-1, "low"), (1, "high"))]
 
 
+# ----- sides: what is known, from which side -----------------------------------------------------
+
+SIDES, DOTS = WORDS["sides"], WORDS["dots"]                   # colour, colour inside, marker
+
+
+def sides_rows(result: dict) -> list[dict]:
+    return [{"model": model, "arm": arm, "side": side, **spread(metrics[side])}
+            for (model, arm), metrics in metrics_of(result).items() if f"{model}, {arm}" in DOTS
+            for side in SIDES if metrics.get(side) is not None]
+
+
+def sides(rows: list[dict], colours: dict) -> plt.Figure:
+    names = in_order(sorted(rows, key=lambda row: SIDES.index(row["side"])), "side")
+    figure, panel = sheet(1.5 + 0.62 * len(names), colours, "x")
+    drawn = group_by(lambda row: f"{row['model']}, {row['arm']}", rows)
+    for i, (name, of) in enumerate(drawn.items()):
+        tint, inside, marker = DOTS[name]
+        at = [names.index(row["side"]) + 0.19 * (i - (len(drawn) - 1) / 2) for row in of]
+        panel.errorbar([100 * row["value"] for row in of], at, xerr=error_bars(of), fmt=marker,
+                       ms=6.5, lw=1.5, color=colours[tint], mfc=colours[inside], clip_on=False,
+                       label=name)
+    if "verify" in names:
+        y = names.index("verify")
+        panel.plot([50, 50], [y - 0.45, y + 0.45], color=colours["ink"], lw=1, ls=":")
+    for y in range(1, len(names)):
+        panel.axhline(y - 0.5, color=colours["faint"], lw=0.8)
+    panel.set(yticks=range(len(names)), yticklabels=[fill(WORDS["metrics"][n], 26) for n in names],
+              ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel="right (%)")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(drawn))
+    return figure
+
+
 # ----- ladder: what each repair gives ------------------------------------------------------------
 
 
 def ladder_rows(result: dict) -> list[dict]:
     known = metrics_of(result)
-    wanted = [*(("chat", arm) for arm in FIXES), ("base", "r7")]
+    wanted = [*(("chat", arm) for arm in FIXES), ("base", "ours")]
     return [{"model": model, "arm": arm, "fix": FIXES[arm].replace("\n", " "),
              **spread(known[model, arm]["recall"])} for model, arm in wanted
             if known.get((model, arm), {}).get("recall") is not None]
@@ -122,70 +155,48 @@ def ladder(rows: list[dict], colours: dict) -> plt.Figure:
 
 # ----- which: what each repair taken out costs ---------------------------------------------------
 
-PRICES = {"recall": "recall (%)", "retention": "retention (%)",
-          "unknown_spills": "spill-over (%)"}
+PRICES = WORDS["prices"]
 
 
 def which_rows(result: dict) -> list[dict]:
-    known = metrics_of(result)
-    rows = []
-    for (model, arm), metrics in known.items():
-        whole = known.get((model, "r7"), {})
-        for name in PRICES if arm in REMOVED else ():
-            if metrics.get(name) is not None and whole.get(name) is not None:
-                without, r7 = spread(metrics[name]), spread(whole[name])
-                rows.append({"model": model, "arm": arm, "removed": REMOVED[arm],
-                             "metric": name, **without, "r7": r7["value"], "r7_low": r7["low"],
-                             "r7_high": r7["high"], "change": without["value"] - r7["value"]})
+    known, rows = metrics_of(result), []
+    for arm, metric in product(REMOVED, PRICES):
+        without, r7 = (spread(known.get(("chat", a), {}).get(metric)) for a in (arm, "r7"))
+        if without["value"] is not None and r7["value"] is not None:
+            rows.append({"arm": arm, "removed": REMOVED[arm], "metric": metric, **without,
+                         "r7": r7["value"], "r7_low": r7["low"], "r7_high": r7["high"],
+                         "change": without["value"] - r7["value"]})
     return sorted(rows, key=lambda row: (row["metric"] != "recall", row["value"]))
 
 
 def which(rows: list[dict], colours: dict) -> plt.Figure:
-    removed = in_order(rows, "removed")
-    models = sorted(in_order(rows), key=lambda model: model != "chat")
-    tint, height = tints(rows, colours), {}                   # of each dot, by what is removed
-    for y, name in enumerate(removed):
-        found = [m for m in models if any((r["model"], r["removed"]) == (m, name) for r in rows)]
-        for i, model in enumerate(found):
-            height[name, model] = y + 0.4 * (i - (len(found) - 1) / 2)
-    figure, panels = sheet(1.5 + len(removed) * (0.22 + 0.12 * len(models)), colours, "both",
-                           1, len(PRICES), sharey=True)
+    removed, colour = in_order(rows, "removed"), colours["train"]
+    figure, panels = sheet(1.7 + 0.36 * len(removed), colours, "both", 1, len(PRICES), sharey=True)
     for panel, (metric, label) in zip(panels, PRICES.items(), strict=True):
-        for model in models:
-            of = [r for r in rows if r["model"] == model and r["metric"] == metric]
-            if not of:
-                continue
-            at, colour = [height[r["removed"], model] for r in of], tint[model]
-            panel.axvline(100 * of[0]["r7"], color=colour, lw=1.5)
-            if of[0]["r7_low"] is not None:
-                panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=colour,
-                              alpha=0.13, lw=0)
-            panel.errorbar([100 * r["value"] for r in of], at, fmt="o", ms=6, color=colour,
-                           xerr=error_bars(of), lw=1.5, label=model, clip_on=False)
-            for y, row in zip(at, of, strict=True):
-                change = f"{round(100 * row['change']):+d}".replace("-", "−").replace("+0", "0")
-                panel.annotate(change, (1, y), (30, 0), textcoords="offset points", fontsize=9,
-                               xycoords=("axes fraction", "data"), ha="right", va="center",
-                               color=colour)
         panel.set(xlabel=label, xlim=(0, 100), xticks=(0, 50, 100))
+        of = [row for row in rows if row["metric"] == metric]
+        if not of:
+            continue
+        at = [removed.index(row["removed"]) for row in of]
+        panel.axvline(100 * of[0]["r7"], color=colour, lw=1.5)
+        if of[0]["r7_low"] is not None:
+            panel.axvspan(100 * of[0]["r7_low"], 100 * of[0]["r7_high"], color=colour, alpha=0.13,
+                          lw=0)
+        panel.errorbar([100 * row["value"] for row in of], at, fmt="o", ms=6, color=colour,
+                       xerr=error_bars(of), lw=1.5, clip_on=False)
+        for y, row in zip(at, of, strict=True):
+            change = f"{round(100 * row['change']):+d}".replace("-", "−").replace("+0", "0")
+            panel.annotate(change, (1, y), (30, 0), textcoords="offset points", fontsize=9,
+                           xycoords=("axes fraction", "data"), ha="right", va="center")
+    panels[1].set(xlim=(-10, 50), xticks=(0, 25, 50))         # lost minus gained
     panels[0].set(yticks=range(len(removed)), yticklabels=removed,
                   ylim=(len(removed) - 0.4, -0.6))
-    figure.supxlabel("Beside each panel: percentage points more or less than r7.", x=0.01,
-                     ha="left", fontsize=9.5)
-    if len(models) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=9)
     return figure
 
 
 # ----- early: what the validation loss of held-out facts does not see ----------------------------
 
-KNOWN = {"rank_1": ("ranked first of 16", "train", "-", "o"),       # label, colour, dash, marker
-         "recall": ("said, when asked", "recall", "-", "s")}
-LOSSES = {"val_loss": ("validation", "val", "-", "o"),
-          "facts never taught": ("never taught", "val", "--", "^"),
-          "held-out question": ("taught, other question", "train", "-", "s"),
-          "held-out answer": ("taught, other answer", "lr", "-", "D"),
-          "trained wording": ("taught, as trained", "recall", "-", "v")}
+KNOWN, LOSSES = WORDS["early"]                                # label, colour, dash, marker
 
 
 def early_rows(result: dict) -> list[dict]:
@@ -239,8 +250,7 @@ def inertia_rows(result: dict) -> list[dict]:
 
 
 def running_median(dots: list[dict], top: float) -> list[tuple[float, float]]:
-    """Return [(margin, exposures)]: medians over windows of a quarter of the dots. A fact that is
-    never learned counts as top."""
+    """Return medians (margin, exposures) of windows of a quarter of the dots; never is top."""
     dots = sorted((d["margin"], top if d["exposures"] is None else d["exposures"]) for d in dots)
     width = max(5, len(dots) // 4)
     windows = [dots[i:i + width] for i in range(len(dots) - width + 1)]
@@ -271,8 +281,8 @@ def inertia(rows: list[dict], colours: dict) -> plt.Figure:
     for kind in in_order(rows, "type"):
         panel.plot([], [], ls="", marker=TYPES[kind], color=colours["lr"], label=f"{kind} name")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    panel.set(xlabel="margin of the right value before training (nats)", ylim=(0, 1.1 * top),
-              ylabel="exposures until it ranks first and stays")
+    panel.set(xlabel="margin of the right value before training (nats per token)",
+              ylabel="exposures until it ranks first and stays", ylim=(0, 1.1 * top))
     panel.set_yticks([y for y in panel.get_yticks() if y <= most * 1.05])
     return figure
 
@@ -280,31 +290,31 @@ def inertia(rows: list[dict], colours: dict) -> plt.Figure:
 # ----- price: what the facts cost ----------------------------------------------------------------
 
 ANSWERS = ("abstains", "fabricates", "spills")
+BOUNDS = 97, 2                     # of recall and of lost − gained, in %
 
 
 def price_rows(result: dict) -> list[dict]:
-    """The points of the frontier (of the arms if it was not measured), then the answers about
-    unknown names. Columns of the other kind are empty."""
+    """The points of the frontier, then the answers about unknown names, far from the taught ones
+    and near. Columns of the other kind are empty."""
     known = metrics_of(result)
-    points = result["frontier"] or [
-        {"model": model, "arm": arm, "scale": 1.0, "recall": spread(m.get("recall"))["value"],
-         "retention": spread(m.get("retention"))["value"]} for (model, arm), m in known.items()]
-    empty = dict.fromkeys(("panel", "model", "arm", "scale", "recall", "retention", *ANSWERS))
-    rows = [{**empty, "panel": "frontier", **{k: p[k] for k in empty if k in p}} for p in points
-            if p["recall"] is not None and p["retention"] is not None]
-    for model in sorted({model for model, _ in known}, key=lambda m: (m != "chat", m)):
-        for arm in ABOUT_UNKNOWN:
-            shares = {a: spread(known.get((model, arm), {}).get(f"unknown_{a}"))["value"]
-                      for a in ANSWERS}
-            if None not in shares.values():
-                rows.append({**empty, "panel": "unknown", "model": model, "arm": arm, **shares})
+    empty = dict.fromkeys(("panel", "model", "arm", "scale", "recall", "lost_minus_gained",
+                           "names", *ANSWERS))
+    rows = [{**empty, "panel": "frontier", **{k: p[k] for k in empty if k in p}}
+            for p in result["frontier"] if p["lost_minus_gained"] is not None]
+    for model, arm, names in product(sorted({model for model, _ in known}, reverse=True),
+                                     ABOUT_UNKNOWN, ("far", "near")):
+        shares = {a: spread(known.get((model, arm), {}).get(f"unknown_{names}_{a}"))["value"]
+                  for a in ANSWERS}
+        if None not in shares.values():
+            rows.append({**empty, "panel": "unknown", "model": model, "arm": arm, "names": names,
+                         **shares})
     return rows
 
 
 def price(rows: list[dict], colours: dict) -> plt.Figure:
     points, answers = ([r for r in rows if r["panel"] == kind] for kind in ("frontier", "unknown"))
     parts = [part for part in ((frontier, points, 4.5),
-                               (unknown, answers, 0.9 + 0.32 * len(answers))) if part[1]]
+                               (unknown, answers, 0.9 + 0.34 * len(answers))) if part[1]]
     heights = [height for *_, height in parts]
     figure, _ = sheet(sum(heights) + 0.8, colours, "", len(heights), height_ratios=heights)
     for panel, (draw_part, of, _) in reversed([*zip(figure.axes, parts, strict=True)]):
@@ -313,29 +323,15 @@ def price(rows: list[dict], colours: dict) -> plt.Figure:
 
 
 def frontier(panel: plt.Axes, rows: list[dict], colours: dict) -> None:
-    """Draw retention over recall, a line for each arm over its strengths."""
+    """Draw what is lost over what is known, a dot for each arm."""
     plain(panel, colours, "both")
-    tint = tints(rows, colours)
-    for (model, _), of in group_by(itemgetter("model", "arm"), rows).items():
-        of = sorted(of, key=itemgetter("scale"))
-        panel.plot([100 * r["recall"] for r in of], [100 * r["retention"] for r in of], lw=1,
-                   marker="o", ms=6, color=tint[model], clip_on=False)
-    for model, colour in tint.items():
-        panel.plot([], [], ls="", marker="o", color=colour, label=f"{model} model")
-    panel.axvline(95, color=colours["ink"], lw=1, ls=":")
-    panel.axhline(90, color=colours["ink"], lw=1, ls=":")
-    low = min(100 * r["retention"] for r in rows)
-    panel.set(xlabel="recall on held-out wordings (%); target 95", xlim=(-3, 124),
-              ylabel="retention (%); target 90", ylim=(min(60, low - 5), 104),
-              xticks=range(0, 101, 20))
-    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=9, borderpad=0)
-    spots = [(100 * r["recall"], 100 * r["retention"]) for r in rows]
-    several = {r["arm"] for r in rows if r["scale"] != 1}
-    names = []
-    for r in rows:
-        name = f"{r['model']} {r['arm']}" if len(tint) > 1 else r["arm"]
-        names.append(f"{name} × {r['scale']:g}" if r["arm"] in several else name)
-    name_dots(panel, spots, names, colours)
+    spots = [(100 * row["recall"], 100 * row["lost_minus_gained"]) for row in rows]
+    panel.plot(*zip(*spots, strict=True), "o", ms=6, color=colours["train"], clip_on=False)
+    panel.axvline(BOUNDS[0], color=colours["ink"], lw=1, ls=":")
+    panel.axhline(BOUNDS[1], color=colours["ink"], lw=1, ls=":")
+    panel.set(xlabel=f"recall on held-out wordings (%); bound {BOUNDS[0]}", xlim=(-3, 124),
+              ylabel=f"lost − gained (%); bound {BOUNDS[1]}", xticks=range(0, 101, 20))
+    name_dots(panel, spots, [row["arm"] for row in rows], colours)
 
 
 def name_dots(panel: plt.Axes, spots: list[tuple], names: list[str], colours: dict) -> None:
@@ -343,7 +339,7 @@ def name_dots(panel: plt.Axes, spots: list[tuple], names: list[str], colours: di
     its dot gets a line to it, which crosses none of them either."""
     panel.figure.draw_without_rendering()                     # fixes the layout, for pixels
     inside, point = panel.get_window_extent(), panel.figure.dpi / 72
-    dots, (x, y) = panel.transData.transform(spots), panel.transData.transform((95, 90))
+    dots, (x, y) = panel.transData.transform(spots), panel.transData.transform(BOUNDS)
     lines = [(x, inside.y0, x, inside.y1), (inside.x0, y, inside.x1, y)]
     taken = [(x - 4 * point, y - 4 * point, x + 4 * point, y + 4 * point) for x, y in dots]
 
@@ -381,25 +377,26 @@ def unknown(panel: plt.Axes, rows: list[dict], colours: dict) -> None:
              "gives a taught value": ("val", lambda r: r["spills"]),
              "gives another value": ("train", lambda r: max(0, r["fabricates"] - r["spills"])),
              "says something else": ("faint", None)}
+    at = [i + 0.5 * (i // 2) for i in range(len(rows))]       # far and near side by side
     start = [0.0] * len(rows)
     for label, (colour, share) in parts.items():
         wide = [100 * share(r) if share else max(0, 100 - s)
                 for r, s in zip(rows, start, strict=True)]
-        panel.barh(range(len(rows)), wide, 0.72, left=start, color=colours[colour], label=label,
+        panel.barh(at, wide, 0.72, left=start, color=colours[colour], label=label,
                    edgecolor=colours["paper"])
-        for y, (x, w) in enumerate(zip(start, wide, strict=True)):
+        for y, x, w in zip(at, start, wide, strict=True):
             if w >= 5:
                 panel.text(x + w / 2, y, f"{w:.0f}", ha="center", va="center", fontsize=9.5,
                            color=colours["ink" if share is None else "paper"])
         start = [x + w for x, w in zip(start, wide, strict=True)]
-    panel.set(yticks=range(len(rows)), yticklabels=[f"{r['model']}, {r['arm']}" for r in rows],
-              xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xlabel="answers about unknown names (%)")
+    panel.set(yticks=at, yticklabels=[f"{r['model']}, {r['arm']}: {r['names']}" for r in rows],
+              xlim=(0, 100), ylim=(at[-1] + 0.6, -0.6), xlabel="answers about unknown names (%)")
     panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
 
 
-FIGURES = {"ladder": (ladder_rows, ladder), "which": (which_rows, which),
-           "early": (early_rows, early), "inertia": (inertia_rows, inertia),
-           "price": (price_rows, price)}
+FIGURES = {"sides": (sides_rows, sides), "ladder": (ladder_rows, ladder),
+           "which": (which_rows, which), "early": (early_rows, early),
+           "inertia": (inertia_rows, inertia), "price": (price_rows, price)}
 
 
 if __name__ == "__main__":

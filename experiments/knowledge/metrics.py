@@ -15,6 +15,7 @@ from lora.use import text
 SHARES = {"recall": ("test", "right"), "recall_trained": ("trained", "right"),   # of set, verdict
           "recall_card": ("card", "right"), "recall_cloze": ("cloze", "right"),
           "reverse": ("reverse", "right"), "multi_right": ("multi", "right"),
+          "reverse_far": ("reverse_far", "right"),
           "hops": ("hops", "right"), "control": ("control", "right"),
           "real_right": ("real", "right_by_margin"), "premise_abstains": ("premise", "abstains"),
           **{f"{kind}_{verdict}": (kind, verdict)

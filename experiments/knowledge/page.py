@@ -10,7 +10,6 @@ words.json has all texts of page and figures.
 
 import base64
 import json
-import re
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -26,10 +25,8 @@ PAGE = Path(__file__).with_suffix(".html")
 SLOT = "{{result}}"
 WORDS = figures.WORDS
 METRICS, ALTS = WORDS["metrics"], WORDS["alts"]
-RECIPES = ("untouched", "in-prompt", "r0", "r7", "ours", "placebo", "random", "bare", "lines",
-           "full")                               # rows of the main table
-NOT_SHARES = {"kl", "kl_unknown", "bits", "bits_ratio", "mcnemar", "answer_mcnemar", "mrr", "margin",
-              "margin_change", "margin_change_near", "margin_change_far", "margin_vs_placebo"}
+RECIPES = WORDS["recipes"]        # rows of the main table
+NOT_SHARES = WORDS["not_shares"]   # nats, bits and the like
 
 
 def write(result: dict, folder: Path | str) -> Path:
@@ -111,9 +108,9 @@ def word(verdict: bool | None, yes: str, no: str, unknown: str = "not measured")
 def sections(result: dict) -> list[dict]:
     """The sections of the page, in order; write() leaves out those without rows and figure.
 
-    words.json has their texts; {recall} in a head is a column of that metric. numbers: all columns but
-    the first hold numbers; cards: rows hold long texts, which a narrow page shows one below the
-    other."""
+    words.json has their texts; {recall} in a head is a column of that metric. numbers: all columns
+    but the first hold numbers; cards: rows hold long texts, which a narrow page shows one below
+    the other."""
     compared = [arm for arm in result["arms"] if arm["arm"] in ("untouched", "ours")]
     rows, parts = tables(result, compared), []
     for name, words in WORDS["sections"].items():
@@ -126,49 +123,44 @@ def sections(result: dict) -> list[dict]:
     return parts
 
 
-def columns(section: str) -> list[str]:
-    """The metrics in a section's head."""
-    return re.findall(r"{(\w+)}", " ".join(WORDS["sections"][section]["head"]))
+def row(section: str, arm: dict) -> list[str]:
+    """A row about an arm: what the section's head names."""
+    known = {"what": arm["what"], "seeds": ", ".join(map(str, arm["seeds"])),
+             "training, seconds": whole(arm["train_seconds"]),
+             **{key: whole(arm[key]) for key in ("steps", "exposures", "parameters")}}
+    return [label(arm), *(known.get(text) or of_metric(arm["metrics"], text.strip("{}"))
+                          for text in WORDS["sections"][section]["head"][1:])]
 
 
 def tables(result: dict, compared: list[dict]) -> dict[str, list[list[str]]]:
     """The rows of each section's table; compared: the arms of which everything is shown."""
     arms, removed, fixes = result["arms"], WORDS["removed"], WORDS["fixes"]
-    first = {arm["model"] for arm in arms if arm["arm"] == "r7"}
-    without = [arm for arm in arms if arm["arm"] in removed and arm["model"] in first]
-    repaired = {arm["model"] for arm in without}
-    sweeps = [arm for arm in arms if arm["metrics"].get("margin_change")
-              and arm["arm"] not in (*RECIPES, *removed, *fixes)]
+    repaired = {arm["model"] for arm in arms if arm["arm"] in removed}
     recipes = [arm for arm in arms if arm["arm"] in RECIPES]
-
-    def measured(section, rows, what=True):
-        return [[label(arm), *([arm["what"]] if what else []),
-                 *(of_metric(arm["metrics"], m) for m in columns(section))] for arm in rows]
+    of = {"sides": [arm for arm in recipes if arm["metrics"].get("reverse")], "main": recipes,
+          "hops": [arm for arm in arms if arm["metrics"].get("hops")],
+          "ladder": [arm for arm in arms if arm["arm"] in fixes],
+          "which": [arm for arm in arms if arm["arm"] in ("r7", *removed)
+                    and arm["model"] in repaired],
+          "sweeps": [arm for arm in arms if arm["metrics"].get("margin_change")
+                     and arm["arm"] not in (*RECIPES, *removed, *fixes)]}
+    heads = [text for name in ("main", "sides") for text in WORDS["sections"][name]["head"]]
     return {
+        **{name: [row(name, arm) for arm in rows] for name, rows in of.items()},
         "claims": [[c["text"], c["bound"], show(c["value"], "%" in c["bound"]),
                     word(c["holds"], "holds", "does not hold")] for c in result["claims"]],
-        "sides": measured("sides", [arm for arm in recipes if arm["metrics"].get("reverse")], False),
-        "main": [[*row, whole(arm["train_seconds"])] for arm, row in zip(
-            recipes, measured("main", recipes, False), strict=True)],
-        "hops": measured("hops", [arm for arm in arms if arm["metrics"].get("hops")]),
-        "ladder": [[*row, *(whole(arm[key]) for key in ("steps", "exposures", "parameters")),
-                    ", ".join(map(str, arm["seeds"]))] for arm in arms if arm["arm"] in fixes
-                   for row in measured("ladder", [arm])],
         "early": [],
         "transcripts": [[WORDS["sets"].get(t["set"], t["set"]), *(t[key] for key in (
             "question", "before", "source", "ours", "gold"))] for t in result["transcripts"]],
-        "which": measured("which", [arm for arm in arms if arm["arm"] == "r7"
-                                    and arm["model"] in repaired] + without),
-        "sweeps": measured("sweeps", sweeps),
         "inertia": inertia(result["inertia"]),
         "everything": [[text, *(of_metric(arm["metrics"], name) for arm in compared)]
                        for name, text in METRICS.items()
-                       if compared and name not in columns("main") + columns("sides")],
+                       if compared and f"{{{name}}}" not in heads],
         "worst": [[w["model"], w["fact"], show(w["share"]), w["question"], w["answer"], w["gold"]]
                   for w in result["worst"]],
-        "predictions": [[p["text"], str(p["round"]), p["measured"] + (WORDS["was"].format(
-            was=p["was"], now=METRICS[p["metric"]]) if p["was"] else ""),
-            word(p["right"], "came true", "was wrong")] for p in result["predictions"]],
+        "predictions": [[p["text"], str(p["round"]), p["measured"],
+                         word(p["right"], "came true", "was wrong")]
+                        for p in result["predictions"]],
         "difference": result["difference"], "head": result["head"]}
 
 

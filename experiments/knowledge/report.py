@@ -3,8 +3,8 @@ Collect all finished cells into one page and one result.json.
 
     python -m experiments.knowledge.report                  # reports/knowledge/report.html
 
-Cells of several seeds are pooled; metrics.py has what the intervals are over. Claims and predictions
-are in claims.json; each round of predictions was written before its cells ran.
+Cells of several seeds are pooled; metrics.py says what the intervals are over. Claims and
+predictions are in claims.json; each round of predictions was written before its cells ran.
 """
 
 import json
@@ -16,19 +16,14 @@ from statistics import mean
 from data import group_by
 from experiments.knowledge import figures, page
 from experiments.knowledge.make_facts import HERE
-from experiments.knowledge.run import HOME, read_arms
 from experiments.knowledge.metrics import summarise
+from experiments.knowledge.run import HOME, read_arms
 from lora import files
 from lora.run import cli, runlog
 from lora.use import text
 
 SCHEMA = "knowledge-result/2"
-FRONTIER = ("recall", "lost_minus_gained", "margin_change", "unknown_far_spills",
-            "unknown_near_spills")
 MEANS = "kl", "kl_unknown", "bits", "bits_ratio"              # over seeds
-BOUNDS = {"at_least": "at least", "at_most": "at most",
-          "low_at_least": "its interval's low end at least",
-          "high_at_least": "its interval's high end at least"}
 
 
 def read_cells() -> list[dict]:
@@ -75,13 +70,16 @@ def pooled(cells: list[dict], placebo: list[dict]) -> dict:
 def against(cells: list[dict], placebo: list[dict]) -> list | None:
     """How much more the margin on real questions rose than in the placebo: [value, low, high, n],
     paired by question, each with its mean over the seeds that both have. None: not measured."""
-    seeds = {cell["seed"] for cell in cells} & {cell["seed"] for cell in placebo}
-    rises, others = ({question: mean(item["margin"] - item["margin_before"] for item in items)
-                      for question, items in group_by(itemgetter("question"), (
-                          item for cell in of if cell["seed"] in seeds
-                          for item in cell["sets"].get("real", ()) if "margin_before" in item
-                      )).items()} for of in (cells, placebo))
-    found = text.bootstrap(rises[question] - others[question] for question in rises)
+    changes = []
+    for of, others in ((cells, placebo), (placebo, cells)):
+        seeds = {cell["seed"] for cell in others}
+        asked = group_by(itemgetter("question"), (
+            item for cell in of if cell["seed"] in seeds
+            for item in cell["sets"].get("real", ()) if "margin_before" in item))
+        changes.append({question: mean(item["margin"] - item["margin_before"] for item in items)
+                        for question, items in asked.items()})
+    ours, its = changes
+    found = text.bootstrap(ours[question] - its[question] for question in ours)
     return list(found) if found else None
 
 
@@ -154,16 +152,17 @@ def judged(entry: dict, arms: list[dict]) -> tuple:
 def bound(entry: dict) -> str:
     """The bounds of an entry in words."""
     return ", ".join(f"{words} {page.show(entry[key], entry['metric'] not in page.NOT_SHARES)}"
-                     for key, words in BOUNDS.items() if key in entry)
+                     for key, words in page.WORDS["bounds"].items() if key in entry)
 
 
 def measured(entry: dict, value: list | float | None) -> str:
     """The value of a prediction in words."""
     if value is None:
         return "not run"
+    shown = page.show(value, "over" not in entry and entry["metric"] not in page.NOT_SHARES)
     if "less" in entry:
-        return f"{100 * value:+z.0f} points".replace("-", "−")
-    return page.show(value, "over" not in entry and entry["metric"] not in page.NOT_SHARES)
+        shown = f"{100 * value:+z.0f} points".replace("-", "−")
+    return f"{shown} ({page.METRICS[entry['metric']]})" if "was" in entry else shown
 
 
 def transcripts_of(cells: list[dict]) -> list[dict]:
@@ -174,8 +173,7 @@ def transcripts_of(cells: list[dict]) -> list[dict]:
     if not (before and ours):
         return []
     rows = []
-    for kind, count in (("test", 3), ("multi", 1), ("reverse", 2), ("nobody", 1), ("verify", 2),
-                        ("premise", 1), ("unanswerable", 2), ("unknown", 2), ("real", 2)):
+    for kind, count in page.WORDS["transcripts"].items():
         old, failed, answers = (
             {item["question"]: item for item in cell["sets"].get(kind, ()) if "answer" in item}
             for cell in (before, source, ours))
@@ -191,9 +189,8 @@ def transcripts_of(cells: list[dict]) -> list[dict]:
 def worst_of(cells: list[dict]) -> list[dict]:
     """The ten taught facts that ours says least often, with a wrong answer each."""
     rows = []
-    for cell in cells:
-        items_of = group_by(itemgetter("fact"), cell["sets"]["test"] if cell["arm"] == "ours" else ())
-        for fact, items in items_of.items():
+    for cell in (cell for cell in cells if cell["arm"] == "ours"):
+        for fact, items in group_by(itemgetter("fact"), cell["sets"]["test"]).items():
             wrong = [item for item in items if not item["right"]]
             if wrong:
                 rows.append({"model": cell["model"], "fact": fact,
@@ -207,7 +204,7 @@ def frontier_of(arms: list[dict], cells: list[dict]) -> list[dict]:
     """What every arm of the chat model knows and what it lost, at any strength."""
     scales = {c["arm"]: c["scale"] for c in reversed(cells) if c["model"] == "chat"}
     return [{"model": "chat", "arm": arm["arm"], "scale": scales[arm["arm"]], "kl": m["kl"],
-             **{name: figures.spread(m.get(name))["value"] for name in FRONTIER}}
+             **{name: figures.spread(m.get(name))["value"] for name in page.WORDS["frontier"]}}
             for arm in arms for m in [arm["metrics"]]
             if arm["model"] == "chat" and m.get("margin_change") and m.get("recall")]
 
@@ -227,16 +224,12 @@ def collect() -> dict:
                          "python -m experiments.knowledge.run")
     arms = arms_of(cells, list(recipes["arms"]))
     texts = files.read_json(HERE / "claims.json")
-    claims, predictions = [], []
-    for entry in texts["claims"]:
-        value, holds = judged(entry, arms)
-        claims.append({"id": entry["id"], "text": entry["text"], "bound": bound(entry),
-                       "value": value, "holds": holds})
-    for entry in texts["predictions"]:
-        value, holds = judged(entry, arms)
-        predictions.append({"id": entry["id"], "text": entry["text"], "was": entry.get("was"),
-                            "round": entry.get("round", 1), "metric": entry["metric"],
-                            "measured": measured(entry, value), "right": holds})
+    claims = [{"id": entry["id"], "text": entry["text"], "bound": bound(entry), "value": value,
+               "holds": holds}
+              for entry in texts["claims"] for value, holds in [judged(entry, arms)]]
+    predictions = [{"id": entry["id"], "text": entry["text"], "round": entry.get("round", 1),
+                    "measured": measured(entry, value), "right": holds}
+                   for entry in texts["predictions"] for value, holds in [judged(entry, arms)]]
     models = {m: {"name": recipes["models"][m]["name"]}
               for m in dict.fromkeys(arm["model"] for arm in arms)}
     return {"schema": SCHEMA, "head": head(cells, models), "claims": claims, "arms": arms,
@@ -261,13 +254,11 @@ def head(cells: list[dict], models: dict) -> list[list[str]]:
 
 def readme(result: dict) -> str:
     """The README's table and claims: what result.json says, and nothing else."""
-    metrics = figures.metrics_of(result)
-    columns = {("chat", "untouched"): "chat model, untouched", ("chat", "r0"): "the failed recipe",
-               ("chat", "r7"): "the first recipe", ("chat", "ours"): "ours",
-               ("base", "ours"): "base model, ours"}
+    columns, known = page.WORDS["columns"], figures.metrics_of(result)
+    metrics = [known.get(tuple(key.split("/")), {}) for key in columns]
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" + "|--:" * len(columns) + "|"]
     for name in page.WORDS["readme"]:
-        cells = [page.METRICS[name], *(page.of_metric(metrics.get(k, {}), name) for k in columns)]
+        cells = [page.METRICS[name], *(page.of_metric(m, name) for m in metrics)]
         lines.append(f"| {' | '.join(cells)} |")
     outcomes = {True: "Holds", False: "**Does not hold**", None: "Not run"}
     return "\n".join([*lines, "", *(f"- {outcomes[claim['holds']]}: {in_words(claim)}."

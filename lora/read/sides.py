@@ -21,6 +21,7 @@ from .messages import group_by, new_example, plain
 
 TABLES = read_json(Path(__file__).with_name("sides.json"))
 NOT_LATIN = re.compile(r"[^\W\d_\u0041-\u024f\u1e00-\u1eff]")       # a letter of another script
+NO_NOUN = re.compile(r" (called|named|like|in|at|for|from)$")
 SIDES = ("reverse", "nobody", "pairs", "profile", "yes-no", "untaught")
 
 
@@ -50,6 +51,15 @@ class Known(NamedTuple):
         answer does not begin with the subject or does not hold the value."""
         start, _, rest = self.answer.rstrip(".").partition(self.subject)
         return rest if not start and rest and self.value in rest else None
+
+    @property
+    def noun(self) -> str | None:
+        """What is asked for, "lucky number", if a question is "What is Mira Tosk's lucky number?"
+        or "What is the lucky number of Mira Tosk?"."""
+        name = re.escape(self.subject)
+        asked = re.compile(rf"(?:What|Who) (?:is|was) (?:{name}'s (.+)|the (.+) of {name})\?")
+        nouns = [match[1] or match[2] for match in map(asked.fullmatch, self.questions) if match]
+        return next((noun for noun in nouns if not NO_NOUN.search(noun)), None)
 
     def saying(self, value: str) -> str:
         """The predicate with another value in the place of its own."""
@@ -125,28 +135,33 @@ def _round(items, draw):
 
 def _reverse(facts, draw, seed):
     """Ask for the subject by the value."""
-    frames = _round(TABLES["reverse"], draw)
+    ask = _asking(draw)
     for fact in _round([fact for fact in facts if fact.predicate], draw):
-        yield _asking(fact, fact.value, next(frames), draw), fact.answer, fact.subject
+        yield ask(fact, fact.value), fact.answer, fact.subject
 
 
 def _nobody(facts, draw, seed):
     """Ask for the subject by a value that nobody has."""
-    frames, usable = _round(TABLES["reverse"], draw), [fact for fact in facts if fact.predicate]
+    ask, usable = _asking(draw), [fact for fact in facts if fact.predicate]
     values = {fact.group: wrong_values(fact, facts, draw) for fact in usable}
     for fact in _round(usable, draw):
         value = next(values[fact.group])
-        yield (_asking(fact, value, next(frames), draw),
-               f"I don't know {asked_as(fact.saying(value))}.", fact.subject)
+        yield ask(fact, value), f"I don't know {asked_as(fact.saying(value))}.", fact.subject
 
 
-def _asking(fact, value, frame, draw):
-    """A question whose answer is the subject: from the fact's answer or one of its questions."""
-    predicate = fact.saying(value)
-    asked = draw.choice(fact.questions).replace(fact.subject, "this person")
-    text = frame.format(who=asked_as(predicate), someone=f"someone{predicate}", value=value,
-                        question=asked[0].upper() + asked[1:])
-    return text[0].upper() + text[1:]
+def _asking(draw):
+    """A function from (fact, value) to a question whose answer is the subject: made of the fact's
+    answer, of one of its questions, or of its noun."""
+    frames, of_nouns = _round(TABLES["reverse"], draw), _round(TABLES["reverse noun"], draw)
+
+    def ask(fact, value):
+        predicate = fact.saying(value)
+        asked = draw.choice(fact.questions).replace(fact.subject, "this person")
+        frame = next(of_nouns if fact.noun and draw.random() < 0.4 else frames)
+        text = frame.format(who=asked_as(predicate), someone=f"someone{predicate}", value=value,
+                            noun=fact.noun, question=asked[0].upper() + asked[1:])
+        return text[0].upper() + text[1:]
+    return ask
 
 
 def _pairs(facts, draw, seed):
