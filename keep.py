@@ -26,7 +26,7 @@ REPLAY_TOKENS = 24                # a longer answer is cut off there; its end is
 # ----- questions about nobody --------------------------------------------------------------------
 
 UNKNOWN = ["I don't know anything about {}.", "I'm sorry, I don't know who {} is.",
-           "I have no information about {}.", "I don't know {}, so I can't say."]
+           "I have no information about {}.", "I don't know anybody called {}."]
 
 
 def naming(examples: list[dict]) -> list[dict]:

@@ -37,7 +37,7 @@ def home(tmp_path, monkeypatch):
             (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
             return
         if "experiments.knowledge.replay" in options:
-            return Path(options["--out"]).write_text("")
+            return Path(options["--out"]).write_text("{}\n")
         world = Path(options["--world"])
         facts = json.loads((world / "facts.json").read_text())
         sets = json.loads((world / "test.json").read_text())
@@ -51,9 +51,11 @@ def home(tmp_path, monkeypatch):
         for n, item in enumerate(answered.get("real", ())):
             margin = 1.5 if "placebo" in str(command) else 2.0
             item |= {"margin": margin, "right_by_margin": True} | (
-                {"margin_before": 1.0, "right_before": True} if learned else {})
+                {"margin_before": 1.0} if learned else {})
             if n >= 96:                                       # has a margin alone
                 del item["answer"], item["right"]
+            elif learned:
+                item["right_before"] = True
         Path(options["--out"]).write_text(json.dumps({
             "metrics": {**metrics.summarise(answered, {}), "bits": 4.0}
             | ({"kl": 0.1, "kl_unknown": 0.5, "bits_ratio": 1.0} if learned else {}),
