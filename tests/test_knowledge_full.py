@@ -90,5 +90,7 @@ def test_run_finds_it_finished_and_counts_its_parameters(trained, monkeypatch):
     own.parent.mkdir(parents=True)
     own.write_text(json.dumps(settings))
     assert run.is_trained(settings)
-    assert run.effort(settings, trained)["parameters"] == sum(
-        p.numel() for p in make_model().parameters())
+    (trained / "facts.json").write_text(json.dumps({"facts": [{"group": "taught"}] * 3}))
+    effort = run.effort(settings, trained, trained)
+    assert effort["parameters"] == sum(p.numel() for p in make_model().parameters())
+    assert effort["exposures_per_step"] > 0

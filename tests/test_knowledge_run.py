@@ -31,6 +31,7 @@ def home(tmp_path, monkeypatch):
             (folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(400))
             (folder / "config.json").write_text(json.dumps(settings))
             (folder / "samples.md").write_text("")
+            (folder / "run.json").write_text('{"examples": [192, 48]}')
             lines = [{"step": 0, "val_loss": 2.0, "recall": 0.0},
                      {"step": 9, "loss": 0.1, "seconds": 30.0},
                      {"step": 9, "val_loss": 0.1, "recall": 1.0, "best": True}]

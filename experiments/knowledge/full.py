@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     optimizer = AdamW(model.parameters(), s.betas, s.eps, s.weight_decay)
     with runlog.opened(s.run) as folder:
         runlog.write_json(folder / "config.json", asdict(settings))
+        runlog.write_json(folder / "run.json", {"examples": [len(examples), 0]})
         seconds = time.perf_counter()
         for step, (epoch, rows) in enumerate(tqdm(plan, unit="step", disable=None)):
             items = [train_set[i] for i in rows]

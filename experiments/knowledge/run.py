@@ -149,21 +149,23 @@ def run_cell(arms: dict, model: str, arm: str, seed: int, threads: int) -> float
     if trained:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         cell |= {"settings": sections, "log": [json.loads(line) for line in lines],
-                 **effort(sections, folder)}
+                 **effort(sections, folder, world)}
     runlog.write_json(file, {**cell, **files.read_json(part)})
     part.unlink()
     return cell["cell_seconds"]
 
 
-def effort(sections: dict, folder: Path) -> dict[str, float]:
+def effort(sections: dict, folder: Path, world: Path) -> dict[str, float]:
     """How often a step asks for each fact as it was written, and how many parameters train."""
-    keep, data, facts = sections["keep"], sections["data"], 24
-    with open(data["path"], encoding="utf-8") as lines:
-        wordings = sum(1 for _ in lines) / facts
+    keep, data = sections["keep"], sections["data"]
+    facts = sum(f["group"] == "taught" for f in files.read_json(world / "facts.json")["facts"])
+    questions = files.read_json(folder / "run.json")["examples"][0] / facts
     if data.get("split_by") == "fact":
         facts -= round(facts * data["val_fraction"])
     share = 1 - keep.get("replay_share", 0) - keep.get("unknown_share", 0)
-    share *= wordings / (wordings + sum((keep.get("sides") or {}).values()))
+    share *= questions / (questions + sum((keep.get("sides") or {}).values()))
+    if data["path"] == keep.get("replay"):
+        share = 0                                              # the placebo
     file = next(f for f in (folder / "adapter/adapter_model.safetensors",
                             folder / "model/model.safetensors") if f.exists())
     with open(file, "rb") as weights:
