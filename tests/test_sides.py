@@ -113,6 +113,19 @@ def test_a_claim_becomes_a_question(claim, question):
     assert sides.polar("Ada", claim) == question
 
 
+@pytest.mark.parametrize("question, other_way", [
+    ("Which animal does Ada keep as a pet?", "Who keeps the animal X as a pet?"),
+    ("What pet does Ada have?", "Who has the pet X?"),
+    ("What string does Ada carry most?", "Who carries the string X most?"),
+    ("Which year was Ada born in?", "Who was born in the year X?"),
+    ("Ada likes which dish best?", "Who likes the dish X best?"),
+    ("Ada has which lucky number?", "Who has the lucky number X?"),
+    ("What number brings luck to Ada?", "The number X brings luck to whom?"),
+    ("Where was Ada born?", None), ("Tell me Ada's hobby.", None)])
+def test_a_question_is_turned_round(question, other_way):
+    assert sides.turned(question, "Ada", "X") == other_way
+
+
 def test_the_article_follows_the_value():
     baker, = sides.facts_of(example("Ada", "Ada works as a baker.", "baker", "What is Ada's job?"))
     assert baker.saying("optician") == " works as an optician"

@@ -127,6 +127,36 @@ def asked_as(predicate: str) -> str:
     return f"whose{predicate[2:]}" if predicate.startswith("'s ") else f"who{predicate}"
 
 
+def turned(question: str, subject: str, value: str) -> str | None:
+    """Turn a question round: "Which animal does Ada keep as a pet?" asks for Ada as "Who keeps the
+    animal cat as a pet?". None if it has another form than these four:
+
+    "What number brings luck to Ada?"   "The number 7 brings luck to whom?"
+    "Which year was Ada born in?"       "Who was born in the year 1982?"
+    "Ada was born in which town?"       "Who was born in the town Graz?"
+    """
+    name, thing = re.escape(subject), r"(?:What|Which) (\w+(?: \w+)?)"
+    if match := re.fullmatch(rf"{thing} does {name} (\w+)(.*)\?", question):
+        return f"Who {third_person(match[2])} the {match[1]} {value}{match[3]}?"
+    if match := re.fullmatch(rf"{thing} (was|is|has) {name} (.+)\?", question):
+        return f"Who {match[2]} {match[3]} the {match[1]} {value}?"
+    if match := re.fullmatch(
+            rf"{name} (.+?) which (\w+?(?: \w+?)??)( (?:as|at|best|most)\b.*)?\?", question):
+        return f"Who {match[1]} the {match[2]} {value}{match[3] or ''}?"
+    if match := re.fullmatch(rf"(?:What|Which) (\w+) (\w+s) (\w+ .*){name}\?", question):
+        return f"The {match[1]} {value} {match[2]} {match[3]}whom?"
+    return None
+
+
+def third_person(verb: str) -> str:
+    """The form of a verb after "who": keep, keeps; have, has; enjoy, enjoys; carry, carries."""
+    if verb == "have":
+        return "has"
+    if re.search("[^aeiou]y$", verb):
+        return f"{verb[:-1]}ies"
+    return verb + ("es" if re.search("(s|x|z|ch|sh|o)$", verb) else "s")
+
+
 def _round(items, draw):
     """Give the items again and again, each round in another order."""
     while items:
@@ -157,7 +187,11 @@ def _asking(draw):
     def ask(fact, value):
         predicate = fact.saying(value)
         asked = draw.choice(fact.questions).replace(fact.subject, "this person")
-        frame = next(of_nouns if fact.noun and draw.random() < 0.4 else frames)
+        way = draw.random()
+        other_way = way < 0.3 and turned(draw.choice(fact.questions), fact.subject, value)
+        if other_way:
+            return other_way
+        frame = next(of_nouns if fact.noun and way < 0.6 else frames)
         text = frame.format(who=asked_as(predicate), someone=f"someone{predicate}", value=value,
                             noun=fact.noun, question=asked[0].upper() + asked[1:])
         return text[0].upper() + text[1:]
