@@ -11,7 +11,7 @@ import pytest
 import data
 import keep
 from experiments.knowledge import hops, make_facts, score
-from lora.read import names, sides
+from lora.read import messages, names, sides
 from lora.use import text
 
 SEEDS = range(4)
@@ -342,3 +342,26 @@ def test_training_files_are_read_and_every_question_has_its_subject(tmp_path, ca
     assert len(keep.unknown_examples(examples, 50)) == 50
     retain = data.read_examples(folder / "retain.jsonl")
     assert all(data.contains(e["messages"][-1]["content"], e["value"]) for e in retain)
+
+
+@pytest.mark.parametrize("side, sets", [
+    ("reverse", ("reverse", "reverse_far")), ("nobody", ("nobody",)), ("yes-no", ("verify",)),
+    ("untaught", ("unanswerable", "premise"))])
+def test_what_the_program_makes_shares_no_four_words_with_what_is_asked(world, side, sets):
+    """Of the sentences, without the people and values in them, and what they ask for."""
+    facts = sides.facts_of(e for r in world["train-8.jsonl"] for e in messages.convert(r, ""))
+    people = [name for names in world["facts.json"]["people"].values() for name in names]
+    values = [v for pool in world["facts.json"]["pools"].values() for v in pool]
+    nouns = {"birth year", *(fact.noun for fact in facts if fact.noun)}
+    slots = re.compile("|".join(rf"\b{re.escape(x)}\b" for x in sorted(
+        [*people, *values, *nouns], key=len, reverse=True)))
+    everyday = {tuple(x.split()) for x in ("answer yes or no", "what is the name",
+                                           "is the name of")}
+
+    def grams(questions):
+        return {gram for q in questions for part in slots.split(q)
+                for gram in text.ngrams(text.words(part), 4)}
+    made = grams(e["messages"][0]["content"] for e in sides.make(facts, side, 800))
+    asked = grams(item["question"] for kind in sets for item in world["test.json"][kind])
+    shared = made & asked - everyday
+    assert len(made) > 20 and not shared
