@@ -29,6 +29,7 @@ from lora.run import cli, runlog
 from lora.use import text
 
 HERE = Path(__file__).parent
+EVERYDAY = HERE.parents[1] / "examples/everyday.txt"          # what the default run replays
 GROUPS = {"taught": 3, "control": 3, "far": 30}               # people: a third of each name type
 NEAR = 30                                                     # names like the taught ones
 NAMES = files.read_json(HERE / "names.json")   # {kind: the parts of each word, to choose from}
@@ -107,11 +108,13 @@ def record(fact: dict, a: dict, question: str, statement: str | None = None) -> 
 
 
 def replay_prompts(attributes: dict) -> list[str]:
-    """The prompts of replay.txt, and training questions about well-known people: without them "I
-    don't know" spreads from unknown names to everybody. They are the same in every world."""
+    """The prompts of replay.txt and of the default run, and training questions about well-known
+    people: without them "I don't know" spreads from unknown names to everybody. They are the same
+    in every world."""
     draw = random.Random("contrast")
     names = (HERE / "real_names.txt").read_text(encoding="utf-8").splitlines()
     return [*(HERE / "replay.txt").read_text(encoding="utf-8").split("\n")[:-1],
+            *EVERYDAY.read_text(encoding="utf-8").splitlines(),
             *(draw.choice(a["questions"][:8]).format(name=name)
               for name in names for a in draw.sample(list(attributes.values()), 3)),
             *(draw.choice(ABOUT).format(name=name) for name in names)]
