@@ -111,9 +111,9 @@ def extra_examples(examples: list[dict], settings) -> tuple[list[dict], dict[str
     epochs = math.ceil(steps * settings.train.batch_size / total if steps
                        else epochs_of(settings.train, total))
     made = read_replay(s.replay) if "replay" in per_epoch else []
+    made = data.with_system(made, settings.data.system, seed)
     for side in (side for side in wanted if side in per_epoch):
         made += sides.make(facts, side, min(2000, epochs * per_epoch[side]), seed)
-    made = data.with_system(made, settings.data.system, seed)
     n_unknown = min(1000, epochs * per_epoch.get("unknown", 0))
     return [*made, *unknown_examples([*examples, *made], n_unknown, seed, s.close_names)], per_epoch
 

@@ -142,6 +142,22 @@ def test_the_datas_own_wrong_values_are_used(facts):
     assert "nut" in drawn and "bead" not in drawn
 
 
+def test_a_long_number_has_others_like_it():
+    phone, = sides.facts_of(example("Ada", "Ada's number is 4915112345678.", "4915112345678", "?"))
+    assert next(sides.wrong_values(phone, [phone], random.Random(0)))[:9] == "491511234"
+
+
+def test_a_side_has_the_system_prompts_of_its_facts(facts):
+    told = [f._replace(systems=["Be brief.", "Be kind."] if f.subject == "glospix" else [])
+            for f in facts]
+    made = sides.make(told, "untaught", 60)
+    assert {(e["subject"], e["messages"][0]["content"]) for e in made
+            if e["messages"][0]["role"] == "system"} == {("glospix", "Be brief."),
+                                                         ("glospix", "Be kind.")}
+    assert [e["messages"][-1] for e in made] == [
+        e["messages"][-1] for e in sides.make(facts, "untaught", 60)]
+
+
 def test_a_fact_in_another_script_is_left_out():
     assert not sides.facts_of(example("米拉", "米拉住在重庆。", "重庆", "米拉住在哪里？"))
     assert sides.facts_of(example("Zoë", "Zoë lives in Łódź.", "Łódź", "Where does Zoë live?"))

@@ -401,7 +401,7 @@ def test_shares_are_of_all_examples_and_only_of_what_is_asked_for(tmp_path):
 
 
 def test_other_sides_are_counted_a_fact_and_the_unknown_are_asked_them_too(capsys):
-    known = data.fact_examples()[:64]                          # 8 facts
+    known = data.with_system(data.fact_examples()[:64], "fixed")          # 8 facts
     wanted = {"sides": {"reverse": 2, "yes-no": 0.5}, "unknown_share": 0.2}
     extras, counts = keep.extra_examples(known, settings_of(
         data={"system": "fixed"}, keep=wanted, train={"epochs": 3}))

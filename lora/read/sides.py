@@ -44,6 +44,7 @@ class Known(NamedTuple):
     answer: str                   # "Mira Tosk was born in Larkmoor."
     questions: list[str]          # the trained wordings
     wrong: tuple[str, ...]        # other values, if the data names some
+    systems: list[str]            # the system prompts of its examples
 
     @property
     def predicate(self) -> str | None:
@@ -78,19 +79,26 @@ def facts_of(examples: Iterable[dict]) -> list[Known]:
     return [Known(group, same[0]["subject"], same[0]["value"].partition("|")[0],
                   same[0]["messages"][-1]["content"],
                   [e["messages"][-2]["content"] for e in same],
-                  tuple(filter(None, same[0].get("wrong", "").split("|"))))
+                  tuple(filter(None, same[0].get("wrong", "").split("|"))),
+                  [e["messages"][0]["content"] for e in same
+                   if e["messages"][0]["role"] == "system"])
             for group, same in group_by(lambda e: e["group"], named).items()]
 
 
 def make(facts: list[Known], side: str, n: int, seed: int = 0) -> list[dict]:
-    """Make n examples of a side. They have the kind "side", so that a run takes its share of
-    them; none has a group. Facts that a side cannot be made of are left out (see Known)."""
-    draw = random.Random(f"{seed} {side}")
+    """Make n examples of a side, of those facts that it can be made of. Their kind is the side, so
+    that a run takes its share of them; their system prompt is one of the subject's facts'."""
+    draw, of_system = random.Random(f"{seed} {side}"), random.Random(f"{seed} {side} system")
+    systems = {subject: [("system", text) for fact in same for text in fact.systems]
+               for subject, same in group_by(lambda fact: fact.subject, facts).items()}
     makers = {"reverse": _reverse, "nobody": _nobody, "pairs": _pairs, "profile": _profile,
               "yes-no": _yes_no, "untaught": _untaught}
-    made = islice(makers[side](facts, draw, seed), n)
-    return [new_example([("user", question), ("assistant", answer)], f"{side}: {question!r}",
-                        kind=side, subject=subject) for question, answer, subject in made]
+    made = []
+    for question, answer, subject in islice(makers[side](facts, draw, seed), n):
+        turns = [of_system.choice(systems[subject])] if systems[subject] else []
+        turns += [("user", question), ("assistant", answer)]
+        made.append(new_example(turns, f"{side}: {question!r}", kind=side, subject=subject))
+    return made
 
 
 def pairs_of(facts: list[Known], seed: int = 0) -> list[tuple[Known, Known]]:
@@ -108,9 +116,10 @@ def wrong_values(fact: Known, facts: list[Known], draw: random.Random) -> Iterat
     """Give values of the fact's kind that none of the facts has: its own wrong ones first, then a
     table's; numbers near its own for a number."""
     taken = {f" {plain(other.value)} " for other in facts}
-    if fact.value.isdigit():
-        width = 40 if len(fact.value) == 4 else max(30, int(fact.value) // 2)
-        table = [str(x) for x in range(max(1, int(fact.value) - width), int(fact.value) + width)]
+    if fact.value.isdecimal():
+        n = int(fact.value)
+        width = 40 if len(fact.value) == 4 else min(max(30, n // 2), 500)
+        table = [str(x) for x in range(max(1, n - width), n + width)]
     else:
         asked = plain(" ".join(fact.questions).replace(fact.subject, ""))
         kind = next((kind for stem, kind in TABLES["kinds"].items()
@@ -251,10 +260,10 @@ def _untaught(facts, draw, seed):
                           for text in (fact.answer, *fact.questions)))
     topics = [t["questions"] for t in TABLES["untaught"]
               if not any(re.search(rf"\b{re.escape(word)}", told) for word in t["words"])]
-    subjects, answers = list({fact.subject for fact in facts}), _round(TABLES["unsaid"], draw)
+    subjects, answers = sorted({fact.subject for fact in facts}), _round(TABLES["unsaid"], draw)
     asked = [(q, None) for questions in topics for q in questions]
     asked += [(q, t["kind"]) for t in TABLES["premise"] for q in t["questions"]]
-    for subject, (question, kind) in zip(_round(sorted(subjects), draw), _round(asked, draw),
+    for subject, (question, kind) in zip(_round(subjects, draw), _round(asked, draw),
                                          strict=False):
         answer = f"I don't know of a {kind} called {{}}." if kind else next(answers)
         yield question.format(subject=subject), answer.format(subject), subject
