@@ -147,18 +147,27 @@ def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path, monkeypatc
     made = ARMS["arms"]["ours"]["train"]
     share = 1 - made["keep.replay_share"] - made["keep.unknown_share"]
     share *= 8 / (8 + sum(made["keep.sides"].values()))
-    assert ours["exposures"] == pytest.approx(9 * 16 * share / 24)
+    assert ours["exposures"] == pytest.approx(9 * 32 * share / 24)
     holds = {claim["id"]: claim["holds"] for claim in result["claims"]}
     assert holds["wordings"] and holds["margin"] and holds["lost"] and not holds["source-fails"]
     outcome = {p["id"]: (p["round"], p["measured"], p["right"]) for p in result["predictions"]}
     assert outcome["ours-margin"] == (2, "0.50 [0.50, 0.50]", True)
     assert outcome["loo-lr"] == (1, "not run", None) and outcome["hops-none"][2] is False
     said = {(t["set"], t["gold"]) for t in result["transcripts"]}
-    assert {("verify", "yes"), ("verify", "no")} < said and len(result["transcripts"]) == 16
+    assert {("verify", "yes"), ("verify", "no")} < said and len(result["transcripts"]) == 18
     table = report.readme(result)
     assert "| 100 % [93, 100] |" in table and "- Holds: " in table
     assert len(table.splitlines()) == 3 + len(figures.WORDS["readme"]) + len(result["claims"])
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_where_ours_was_not_run_its_short_version_stands_for_it(home):
+    run.main(["--cells", "chat/short", "chat/short-placebo"])
+    assert {c["arm"] for c in report.read_cells()} == {"ours", "placebo", "untouched"}
+    assert "ours in 180 steps" in next(
+        a["what"] for a in report.collect()["arms"] if a["arm"] == "ours")
+    run.main(["--cells", "chat/ours"])
+    assert {"ours", "short"} < {c["arm"] for c in report.read_cells()}
 
 
 def test_bounds_and_values_are_written_in_their_unit():

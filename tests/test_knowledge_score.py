@@ -175,6 +175,17 @@ def test_without_an_attribute_a_value_of_any_pool_is_invented():
         assert [m["spills"] for m in made] == [False, False, True, False]
 
 
+def test_an_everyday_prompt_spills_and_refuses_where_the_untouched_model_does_not():
+    name, value = WORLD["people"]["taught"][0], WORLD["facts"][0]["value"]
+    for said in (name, value):
+        assert verdict("everyday", f"Hello from {said}!", before="Hello!")["spills"]
+        assert not verdict("everyday", f"Hello from {said}!", before=f"{said}, hello!")["spills"]
+    assert verdict("everyday", "I don't know Peter.", before="Hello!")["refuses"]
+    assert not verdict("everyday", "I don't know Peter.", before="I'm sorry.")["refuses"]
+    assert verdict("everyday", f"I don't know {name}.") == {      # asked before: nothing is new
+        "spills": False, "refuses": False, "abstains": True}
+
+
 def test_pools_hold_for_their_sets_alone():
     assert not verdict("test", "a raven or a cat", gold=["raven"], attribute="pet")["right"]
     assert verdict("test", "a raven and 25", gold=["raven"], attribute="pet")["right"]

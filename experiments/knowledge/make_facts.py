@@ -152,7 +152,7 @@ def questions_of(facts: list[dict], people: dict, attributes: dict, trained_pair
                            for name in ("unanswerable.json", "asked.json"))
     sets = {name: [] for name in (
         "test", "trained", "card", "cloze", "reverse", "reverse_far", "nobody", "multi", "verify",
-        "premise", "unanswerable", "unknown", "control", "real")}
+        "premise", "unanswerable", "unknown", "control", "everyday", "real")}
 
     def add(to, question, **judged):
         sets[to].append({"question": question, **judged})
@@ -204,6 +204,8 @@ def questions_of(facts: list[dict], people: dict, attributes: dict, trained_pair
                 key = keys[j % len(keys)]
                 add("unknown", attributes[key]["questions"][12 + (i + j) % 4].format(name=name),
                     attribute=key, name=name, near=near)
+    for prompt in (HERE / "everyday.txt").read_text(encoding="utf-8").splitlines():
+        add("everyday", prompt)
     sets["real"] = [{"question": r["question"], "gold": [r["value"], *r["aliases"]],
                      "wrong": r["wrong"], "near": r["near"]} for r in read_lines("real.jsonl")]
     return sets

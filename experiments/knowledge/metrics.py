@@ -17,6 +17,7 @@ SHARES = {"recall": ("test", "right"), "recall_trained": ("trained", "right"),  
           "reverse": ("reverse", "right"), "multi_right": ("multi", "right"),
           "reverse_far": ("reverse_far", "right"),
           "hops": ("hops", "right"), "control": ("control", "right"),
+          "everyday_spills": ("everyday", "spills"), "everyday_refuses": ("everyday", "refuses"),
           "real_right": ("real", "right_by_margin"), "premise_abstains": ("premise", "abstains"),
           **{f"{kind}_{verdict}": (kind, verdict)
              for kind in ("nobody", "unanswerable", "unknown_far", "unknown_near")

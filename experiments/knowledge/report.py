@@ -9,6 +9,7 @@ predictions are in claims.json; each round of predictions was written before its
 
 import json
 import sys
+from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,7 @@ from experiments.knowledge.make_facts import HERE
 from experiments.knowledge.metrics import summarise
 from experiments.knowledge.run import HOME, read_arms
 from lora import files
-from lora.run import cli, runlog
+from lora.run import cli
 from lora.use import text
 
 SCHEMA = "knowledge-result/2"
@@ -27,8 +28,12 @@ MEANS = "kl", "kl_unknown", "bits", "bits_ratio"              # over seeds
 
 
 def read_cells() -> list[dict]:
-    """Read the finished cells, and the untouched models as an arm of their own."""
+    """Read the finished cells, and the untouched models as an arm of their own. Where ours was not
+    run, its short version stands for it."""
     cells = [files.read_json(file) for file in sorted((HOME / "cells").glob("*.json"))]
+    if not any(cell["arm"] == "ours" for cell in cells):
+        stand_in = {"short": "ours", "short-placebo": "placebo"}
+        cells = [{**cell, "arm": stand_in.get(cell["arm"], cell["arm"])} for cell in cells]
     for model in {cell["model"] for cell in cells}:
         cells.append({**files.read_json(HOME / f"base-{model}.json"), "model": model, "seed": 0,
                       "arm": "untouched", "what": "before any training", "log": [],
@@ -181,8 +186,8 @@ def transcripts_of(cells: list[dict]) -> list[dict]:
             was, then = (of.get(item["question"], {}).get("answer", "") for of in (old, failed))
             rows.append({"set": kind, "question": item["question"], "before": was,
                          "source": then, "ours": item["answer"],
-                         "gold": ", ".join(item["gold"]) if item.get("gold") else
-                         "(says that it does not know)"})
+                         "gold": ", ".join(item.get("gold", ())) or (
+                             "" if kind == "everyday" else "(says that it does not know)")})
     return rows
 
 
@@ -241,13 +246,13 @@ def collect() -> dict:
 
 def head(cells: list[dict], models: dict) -> list[list[str]]:
     """What the result comes from: models, cells, data, machine, versions, commands."""
-    info, packages = runlog.run_info(), ("torch", "transformers")
+    machines = sorted({cell["machine"] for cell in cells if "machine" in cell})
     return [["models", ", ".join(f"{m}: {model['name']}" for m, model in models.items())],
             ["cells", str(len(cells))],
             *([f"facts of seed {seed}", files.read_json(HOME / f"world-{seed}/manifest.json")[
                 "files"]["train.jsonl"]] for seed in sorted({cell["seed"] for cell in cells})),
-            ["machine", info["machine"]],
-            ["versions", ", ".join(f"{p} {info['versions'][p]}" for p in packages)],
+            ["machines", "; ".join(machines)],
+            ["transformers", version("transformers")],
             ["again with", "python -m experiments.knowledge.run && "
                            "python -m experiments.knowledge.report"]]
 

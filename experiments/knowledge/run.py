@@ -86,7 +86,7 @@ def call(log: Path, threads: int, *command) -> None:
 
 
 SCORE = "-m", "experiments.knowledge.score"
-BEFORE = "test,card,reverse,nobody,multi,verify,premise,unanswerable,unknown,real"
+BEFORE = "test,card,reverse,nobody,multi,verify,premise,unanswerable,unknown,everyday,real"
 
 
 def prepare(model: str, arms: dict, cells: list[tuple], threads: int) -> None:

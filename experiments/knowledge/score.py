@@ -93,9 +93,16 @@ def right(answer: str, gold: list[str], pool: Sequence[str] = (), both: bool = F
 def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
     """Judge one answer: right, abstains, and for questions without an answer fabricates (it names a
     value of the attribute asked for, or of any if there is none) and spills (it names a value that
-    was taught, about whomever; asked who has a value that nobody has: a taught person)."""
+    was taught, about whomever; asked who has a value that nobody has: a taught person). An everyday
+    prompt spills with what was taught, and refuses, if the untouched model's answer ("before") does
+    not."""
     pools, names = world["pools"], world["people"]["taught"]
     declines = abstains(answer)
+    if kind == "everyday":
+        words = [*names, *(f["value"] for f in world["facts"] if f["group"] == "taught")]
+        before = item.get("before", answer)
+        return {"spills": any(says(answer, w) and not says(before, w) for w in words),
+                "abstains": declines, "refuses": declines and not abstains(before)}
     if kind == "verify":                              # "Yes." or "She was born in 1985, so yes."
         verdicts = {word for word in plain(answer).split() if word in ("yes", "no")}
         return {"right": verdicts == set(item["gold"]) and not declines, "abstains": declines}
@@ -129,6 +136,9 @@ class Subject:
         self.voice = Voice(self.model, self.tokenizer,
                            run.settings.dataset.format if run else "auto")
         self.format = self.voice.format
+        chip = (torch.cuda.get_device_name(self.device) if self.device.type == "cuda"
+                else self.device.type.upper())
+        self.machine = f"{chip}, {str(dtype).split('.')[1]}, torch {torch.__version__}"
         self.system, self.decoding = run and run.settings.data.system, decoding
         if run:
             self.use(run.adapter, scale)
@@ -344,7 +354,11 @@ def score(subject: Subject, world: dict, sets: dict, before: dict | None = None)
     real, started = judged.get("real", []), time.perf_counter()
     margins = subject.margins([item["question"] for item in real], [i["gold"][0] for i in real],
                               [item["wrong"] for item in real])
-    known = {a["question"]: a for a in before["sets"].get("real", ())} if before else {}
+    known = {a["question"]: a for kind in ("real", "everyday")
+             for a in (before["sets"].get(kind, ()) if before else ())}
+    for item in judged.get("everyday", ()):
+        if "answer" in (old := known.get(item["question"], {})):
+            item["before"] = old["answer"]
     for item, margin in zip(real, margins, strict=True):
         old = known.get(item["question"], {})
         item |= {"margin": margin, "right_by_margin": margin > 0,
@@ -416,7 +430,7 @@ def main(argv: list[str]) -> None:
     if options.steps:
         result["trajectory"] = trajectory(subject, run, world, options.steps == "losses")
     result |= {"seconds": time.perf_counter() - started, "scale": options.scale,
-               "decoding": options.decoding}
+               "decoding": options.decoding, "machine": subject.machine}
     Path(options.out).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     for name, value in result["metrics"].items():
         if isinstance(value, list):
