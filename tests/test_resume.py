@@ -23,7 +23,7 @@ from test_train import KEEP, ROOT, facts
 
 import train
 from lora import adapter, files
-from lora.base import fetch
+from lora.base import fetch, load
 from lora.run import checkpoint, lock, runlog
 
 pytestmark = pytest.mark.auto
@@ -40,7 +40,8 @@ def home(place):
 
 
 def start(home, *args, before=lambda: None, env=None, words="words.txt"):
-    """Run train.main in a fork of this process; returns the fork's number."""
+    """Run train.main in a fork of this process; returns the fork's number. On the CPU: a fork of a
+    process that has used a GPU cannot use it."""
     child = os.fork()
     if child:
         return child
@@ -49,6 +50,7 @@ def start(home, *args, before=lambda: None, env=None, words="words.txt"):
         os.chdir(home)
         os.environ |= env or {}
         torch.set_num_threads(1)
+        load.pick_device = lambda name: torch.device("cpu")
         with open(words, "w") as out, contextlib.redirect_stdout(out), \
                 contextlib.redirect_stderr(out):
             try:
