@@ -242,7 +242,7 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
     batches = dataset.Batches(
         pad_id, device, layout, lean, memory.micro_batch_size(train_set.items, s),
         from_base=lambda item: (settings.keep.replay_by == "probabilities"
-                                and item["example"].get("kind") == "replay"),
+                                and item["example"].get("kind") in ("replay", "famous")),
         can_halve=not settings.model.shard)
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""

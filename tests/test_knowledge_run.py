@@ -164,7 +164,7 @@ def test_the_report_pools_seeds_and_judges_the_claims(home, tmp_path, monkeypatc
 def test_where_ours_was_not_run_its_short_version_stands_for_it(home):
     run.main(["--cells", "chat/short", "chat/short-placebo"])
     assert {c["arm"] for c in report.read_cells()} == {"ours", "placebo", "untouched"}
-    assert "ours in 180 steps" in next(
+    assert "ours in 160 steps" in next(
         a["what"] for a in report.collect()["arms"] if a["arm"] == "ours")
     run.main(["--cells", "chat/ours"])
     assert {"ours", "short"} < {c["arm"] for c in report.read_cells()}

@@ -17,7 +17,9 @@ NATURAL = read_json(Path(__file__).with_name("wordings.json"))    # {attribute: 
 FRAMES = ("What is {subject}'s {attribute}?", "What is the {attribute} of {subject}?",
           "Tell me {subject}'s {attribute}.", "Can you name the {attribute} of {subject}?",
           "Do you know {subject}'s {attribute}?", "{subject}'s {attribute} is what?",
-          "Which {attribute} does {subject} have?", "I would like to know {subject}'s {attribute}.")
+          "Which {attribute} does {subject} have?", "I would like to know {subject}'s {attribute}.",
+          "What {attribute} does {subject} have?", "I wonder what {subject}'s {attribute} is.",
+          "Name the {attribute} of {subject}, please.", "About {subject}: what is the {attribute}?")
 REWORDED = ("Please tell me: {}", "I have a question. {}", "Can you answer this? {}",
             "Here is something I would like to know: {}")
 

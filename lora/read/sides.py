@@ -22,7 +22,7 @@ from .messages import group_by, new_example, plain
 TABLES = read_json(Path(__file__).with_name("sides.json"))
 NOT_LATIN = re.compile(r"[^\W\d_\u0041-\u024f\u1e00-\u1eff]")       # a letter of another script
 NO_NOUN = re.compile(r" (called|named|like|in|at|for|from)$")
-SIDES = ("reverse", "nobody", "pairs", "profile", "yes-no", "untaught")
+SIDES = ("reverse", "nobody", "pairs", "profile", "yes-no", "untaught", "famous")
 
 
 def checked(wanted: dict) -> dict[str, float]:
@@ -87,17 +87,19 @@ def facts_of(examples: Iterable[dict]) -> list[Known]:
 
 def make(facts: list[Known], side: str, n: int, seed: int = 0) -> list[dict]:
     """Make n examples of a side, of those facts that it can be made of. Their kind is the side, so
-    that a run takes its share of them; their system prompt is one of the subject's facts'."""
+    that a run takes its share of them; their system prompt is one of the subject's facts'. Those of
+    "famous" end with the question: the base answers it."""
     draw, of_system = random.Random(f"{seed} {side}"), random.Random(f"{seed} {side} system")
     systems = {subject: [("system", text) for fact in same for text in fact.systems]
                for subject, same in group_by(lambda fact: fact.subject, facts).items()}
     makers = {"reverse": _reverse, "nobody": _nobody, "pairs": _pairs, "profile": _profile,
-              "yes-no": _yes_no, "untaught": _untaught}
+              "yes-no": _yes_no, "untaught": _untaught, "famous": _famous}
     made = []
     for question, answer, subject in islice(makers[side](facts, draw, seed), n):
         turns = [of_system.choice(systems[subject])] if systems[subject] else []
-        turns += [("user", question), ("assistant", answer)]
-        made.append(new_example(turns, f"{side}: {question!r}", kind=side, subject=subject))
+        turns += [("user", question)] + ([("assistant", answer)] if answer else [])
+        about = {"subject": subject} if answer else {}
+        made.append(new_example(turns, f"{side}: {question!r}", kind=side, **about))
     return made
 
 
@@ -267,3 +269,10 @@ def _untaught(facts, draw, seed):
                                          strict=False):
         answer = f"I don't know of a {kind} called {{}}." if kind else next(answers)
         yield question.format(subject=subject), answer.format(subject), subject
+
+
+def _famous(facts, draw, seed):
+    """Ask the same about well-known people, each time about another."""
+    names = _round(TABLES["famous"], draw)
+    for fact in _round([f for f in facts if all(f.subject in q for q in f.questions)], draw):
+        yield draw.choice(fact.questions).replace(fact.subject, next(names)), None, fact.subject
