@@ -2,7 +2,7 @@
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make persona  train the companion, verify it, compare it with its base: reports/companion
 #   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
-#   make experiment  facts into a chat and a base model, the failed recipe, a placebo, ours: under an hour
+#   make experiment  facts into a chat and a base model, the failed recipe, a placebo, ours in short: 37 minutes
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
 PYTHON ?= python3

@@ -147,7 +147,7 @@ def test_eight_questions_with_one_wording_each_are_all_answered(tmp_path, dtype)
         json.dumps({"question": q, "answer": a}) + "\n" for q, a in asked.items()))
     said = train_by_default(tmp_path, "--data.path=eight.jsonl", f"--model.dtype={dtype}")
     assert "all 8 examples are trained" in said and "advice: 1.0 wordings a fact" in said
-    assert "keep: no questions of the kinds reverse, nobody, pairs, yes-no, untaught, unk" in said
+    assert "keep: no questions of the kinds reverse, nobody, pairs, yes-no, untaught, fam" in said
     assert ask(tmp_path, asked, max_new_tokens=32) == [*asked.values()]
 
 
