@@ -9,7 +9,7 @@ Fine-tune a causal language model with LoRA on question/answer pairs or dialogue
 
 The story, top to bottom: config, model, data, adapters, loop, best adapter, answers, plots.
 A run writes everything into runs/NAME: adapter/ (the best one, in PEFT's layout), last/,
-metrics.jsonl, loss.png, samples.md, config.json (complete), run.json, checkpoints/.
+metrics.jsonl, answers.jsonl, loss.png, samples.md, config.json (complete), run.json, checkpoints/.
 """
 
 import math
@@ -36,6 +36,7 @@ from lora.run.state import Progress
 from measure import Exam, Voice, chooses_by_recall, held_out_facts
 
 
+@runlog.noting()
 def main(argv: list[str]) -> None:
     settings, resume, force = parse(argv)
     s = settings.train
@@ -140,7 +141,7 @@ def fit(model, train_set, batches, exam, run, s, saved=None) -> None:
                     n_read=sum(len(item["input_ids"]) for item in window),
                     seconds=time.perf_counter() - began, device=batches.device)
             if run.evaluation_due:
-                run.keep_if_best(exam(run.step), parameters)
+                run.keep_if_best(exam(run.step), exam.said, parameters)
             if stop or run.checkpoint_due:
                 run.checkpoint(optimizer)
             if stop:

@@ -79,7 +79,8 @@ def last_line(folder: str) -> str:
 def differences(a: str, b: str) -> list[str]:
     """Compare the results of two runs; a sentence for each difference."""
     problems = [f"{a}/{part} and {b}/{part} differ" for part in (
-        "adapter/adapter_model.safetensors", "last/adapter_model.safetensors", "samples.md")
+        "adapter/adapter_model.safetensors", "last/adapter_model.safetensors", "samples.md",
+        "answers.jsonl")
         if Path(a, part).read_bytes() != Path(b, part).read_bytes()]
     lines = [[json.loads(line) for line in Path(run, "metrics.jsonl").read_text(
         encoding="utf-8").splitlines()] for run in (a, b)]

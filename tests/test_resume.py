@@ -82,7 +82,8 @@ def result(folder):
     """All that a run leaves, but for what a clock says."""
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [p for p in folder.rglob("*") if p.name in (
-        "adapter_model.safetensors", "adapter_config.json", "samples.md", "replay.jsonl")]
+        "adapter_model.safetensors", "adapter_config.json", "samples.md", "replay.jsonl",
+        "answers.jsonl")]
     return ([{k: v for k, v in line.items() if k not in TIMING} for line in lines],
             {str(p.relative_to(folder)): p.read_bytes() for p in sorted(kept)})
 
@@ -313,6 +314,17 @@ def test_two_runs_in_one_folder(home):
         code, words = fork(home, "--resume", "t")
         assert code == 1 and f"is written by process {os.getpid()}" in words
     assert resumed(home)
+
+
+def test_the_holder_of_a_lock_is_named_without_taking_it(home):
+    with contextlib.chdir(home):
+        assert lock.holder("runs/t") is None
+        with lock.locked("runs/t"):
+            assert lock.holder("runs/t") == os.getpid()
+        assert lock.holder("runs/t") is None
+    fork(home, before=lambda: in_micro_batch(2, send(signal.SIGKILL)))
+    assert lock.holder(home / "runs/t") is None
+    assert (home / "runs/.t.lock").read_text().strip()        # of the process that is gone
 
 
 def test_a_lock_ends_with_its_process_however_it_ends(home):

@@ -23,6 +23,7 @@ import train
 from lora import adapter, config
 from lora.base import load
 from lora.fast import flat
+from lora.run import state
 from measure import Voice
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,8 @@ def test_a_run_writes_all_it_promises_and_learns(home):
     assert done.returncode == 0, done.stderr
     folder = home / "runs" / "t"
     assert {"adapter", "last", "loss.png", "loss-dark.png", "samples.md", "metrics.jsonl",
-            "config.json", "run.json", "checkpoints"} == {p.name for p in folder.iterdir()}
+            "config.json", "run.json", "checkpoints", "answers.jsonl", "status.json",
+            "messages.txt"} == {p.name for p in folder.iterdir()}
     lines = metrics(home)
     steps = [x for x in lines if "loss" in x]
     assert [x["step"] for x in steps] == list(range(1, 16))    # 18 examples: 5 steps x 3 epochs
@@ -94,6 +96,43 @@ def test_a_run_writes_all_it_promises_and_learns(home):
     assert [[x.get(k) for k in keys] for x in metrics(home)] == [
         [x.get(k) for k in keys] for x in lines]
     assert len(list((home / "runs").glob("t*"))) == 2
+
+
+def test_every_evaluation_keeps_its_answers(home):
+    done = run(home, "--train.questions=[\"say aaa\"]", "--keep.questions=[\"who?\"]")
+    folder = home / "runs/t"
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 5, 10, 15]
+    questions = [[answer["question"] for answer in line["answers"]] for line in lines]
+    assert questions[0][-2:] == ["say aaa", "who?"] and len(questions[0]) == 6 + 2
+    assert all(asked == questions[0] for asked in questions)
+    for line, measured in zip(lines, (x for x in metrics(home) if "recall" in x), strict=True):
+        marks = [answer["right"] for answer in line["answers"] if "value" in answer]
+        assert len(marks) == 6 and sum(marks) / 6 == measured["recall"]
+    assert (folder / "messages.txt").read_text() == done.stdout
+
+
+def test_the_terminal_shows_an_answer_that_flipped(tmp_path):
+    shown = []
+    run = SimpleNamespace(answers=tmp_path / "answers.jsonl", step=0, said=[],
+                          bar=SimpleNamespace(write=shown.append))
+    for marks in ((False, False, True), (True, True, True), (True, False, True)):
+        state.Progress._keep_answers(run, [
+            {"question": q, "answer": f"{q} {mark}", "value": "x", "right": mark}
+            for q, mark in zip("abc", marks, strict=True)] + [{"question": "d", "answer": "e"}])
+    assert shown == ["  2 turned right, such as: a a True", "  1 turned wrong, such as: b b False"]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_says_how_it_ended(home):
+    def status():
+        return json.loads((home / "runs/t/status.json").read_text())
+    run(home, "--train.max_steps=2")
+    assert status() == {"state": "finished", "message": "", "steps": 2}
+    run(home, "--train.max_steps=2", "--keep.retain=none.jsonl", "--train.run=early")
+    assert not (home / "runs/early").exists()                  # no run was begun
+    run(home, "--train.best_by=recall", "--data.val_fraction=0")
+    assert status()["state"] == "failed" and "recall" in status()["message"]
 
 
 def test_accumulation_changes_memory_not_the_result(home):

@@ -4,6 +4,7 @@ Open a run's folder, write run.json and metrics.jsonl there, and read a run: rea
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -53,7 +54,71 @@ def opened(run: str, resume: Path | None = None, rank: int = 0) -> Iterator[Path
                 folder.rename(kept)
                 print(f"run: kept the earlier {folder} as {kept}")
             folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        if isinstance(sys.stdout, Notes):
+            sys.stdout.keep_in(folder / "messages.txt")
+        with _ending(folder):
+            yield folder
+
+
+@contextlib.contextmanager
+def _ending(folder):
+    """Write into status.json how the block ended."""
+    state, message = "failed", ""
+    try:
+        yield
+        state = "finished"
+    except (SystemExit, KeyboardInterrupt):
+        state = "stopped"
+        raise
+    except BaseException as error:
+        message = str(error) or repr(error)
+        raise
+    finally:
+        write_status(folder, state, message)
+
+
+def write_status(folder: Path, state: str, message: str = "", steps: int | None = None) -> None:
+    """Write status.json, for those who watch a run: "training", "finished", "stopped" or "failed".
+    steps is how many the run has in all; None leaves the number that is there. A full disk does not
+    matter, and nothing waits for the disk: an error is about to be shown."""
+    file = folder / "status.json"
+    with contextlib.suppress(OSError, ValueError):
+        steps = steps or files.read_json(file)["steps"]
+    with contextlib.suppress(OSError):
+        file.write_text(json.dumps({"state": state, "message": message, "steps": steps}))
+
+
+class Notes:
+    """Standard output that is kept too: in memory, and from keep_in() on in a file."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.kept, self.file = stream, io.StringIO(), None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with files.saving(self.file or "the messages"):
+            self.kept.write(text)
+        return self.stream.write(text)
+
+    def keep_in(self, file: Path) -> None:
+        """Write what was printed so far to the end of a file, and from now on each line."""
+        with files.saving(file):
+            out = open(file, "a", encoding="utf-8", errors="replace", buffering=1)
+            out.write(self.kept.getvalue())
+        self.kept, self.file = out, file
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[None]:
+    """Keep what is printed in the block, or in a function it decorates, for messages.txt."""
+    notes = Notes(sys.stdout)
+    with contextlib.redirect_stdout(notes):
+        try:
+            yield
+        finally:
+            notes.kept.close()
 
 
 def resumable(run: str | Path) -> Path:

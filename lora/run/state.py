@@ -4,7 +4,7 @@ Track a run: its step, what it has logged, its best adapter, its checkpoints.
     run = Progress(folder, plan, settings.train, batches=batches, save=save, ...)
     run.begin(exam, optimizer, saved)            # step 0 is measured, or a checkpoint restored
     run.log(epoch, ce, hits, n_tokens, lr, grad_norm, seconds)
-    run.keep_if_best(exam(run.step), parameters)
+    run.keep_if_best(exam(run.step), exam.said, parameters)
 
 Progress records and says what is due. It computes nothing.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import config, files
 from . import checkpoint, parallel, runlog
 
-SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "first")
+SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "first", "said")
 
 
 @dataclass
@@ -46,9 +46,10 @@ class Progress:
     best_weights: list = field(default_factory=list)
     before: list | None = None    # answers of the untouched model
     first: dict | None = None     # metrics of the untouched model
+    said: list = field(default_factory=list)          # the answers of the last evaluation
 
     def __post_init__(self):
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics, self.answers = self.folder / "metrics.jsonl", self.folder / "answers.jsonl"
         self.bar = tqdm(total=len(self.plan), unit="step", dynamic_ncols=True,
                         disable=True if parallel.rank() else None)
 
@@ -56,12 +57,15 @@ class Progress:
 
     def begin(self, exam, optimizer, saved: tuple | None) -> None:
         """Measure the untouched model, or restore a checkpoint: (tensors, state)."""
+        runlog.write_status(self.folder, "training", steps=len(self.plan))
         if saved:
             self._restore(saved, optimizer)
         else:
             self.metrics.unlink(missing_ok=True)
+            self.answers.unlink(missing_ok=True)
             self.before, self.first = exam.answers(), exam(0)
             runlog.append(self.metrics, self.first)
+            self._keep_answers(exam.said)
             print(f"step 0: {runlog.show(self.first)}")
             if self.s.checkpoint_every:
                 self.checkpoint(optimizer)
@@ -70,22 +74,26 @@ class Progress:
     def checkpoint(self, optimizer) -> None:
         """Write a checkpoint and delete the oldest."""
         files.sync(self.metrics)
+        files.sync(self.answers)
         best = {f"best.{i}": p for i, p in enumerate(self.best_weights)}
         state = {key: getattr(self, key) for key in SAVED}
         checkpoint.save(self.folder / "checkpoints", {**optimizer.tensors(), **best},
                         {**state, "size": self.batches.size, "identity": self.identity,
-                         "metrics": self.metrics.stat().st_size}, self.s.checkpoints_kept)
+                         "metrics": self.metrics.stat().st_size,
+                         "answers": self.answers.stat().st_size}, self.s.checkpoints_kept)
 
     def _restore(self, saved, optimizer):
-        """Go back to a checkpoint: this object, optimizer, metrics.jsonl and adapter/."""
+        """Go back to a checkpoint: this object, optimizer, adapter/, metrics.jsonl and
+        answers.jsonl."""
         tensors, state = saved
         for key in SAVED:
-            setattr(self, key, state[key])
+            setattr(self, key, state.get(key, getattr(self, key)))
         self.batches.size = min(self.batches.size, state["size"])
-        with files.saving(self.metrics):
-            self.metrics.touch()
-            if self.metrics.stat().st_size > state["metrics"]:
-                os.truncate(self.metrics, state["metrics"])
+        for file, size in (self.metrics, state["metrics"]), (self.answers, state.get("answers", 0)):
+            with files.saving(file):
+                file.touch()
+                if file.stat().st_size > size:
+                    os.truncate(file, size)
         n_best = sum(key.startswith("best.") for key in tensors)
         self.best_weights = [tensors[f"best.{i}"] for i in range(n_best)]
         if self.best_weights:                         # adapter/ may be newer than the checkpoint
@@ -185,8 +193,9 @@ class Progress:
         if self.s.save_every and self.step % self.s.save_every == 0:
             self.save(f"steps/{self.step:06d}")
 
-    def keep_if_best(self, line: dict, parameters: list[torch.Tensor]) -> None:
-        """Write an evaluation's line; save the adapter if it ranks before the best one."""
+    def keep_if_best(self, line: dict, said: list[dict], parameters: list[torch.Tensor]) -> None:
+        """Write an evaluation's line and answers; save the adapter if it ranks before the best
+        one."""
         improved = self.best is None or self.rank(line) < self.rank(self.best)
         self.stale += 1
         if improved:
@@ -196,3 +205,16 @@ class Progress:
         runlog.append(self.metrics, {**line, "best": improved})
         mark = ", the best so far" if improved else ""
         self.bar.write(f"step {self.step}: {runlog.show(line)}{mark}")
+        self._keep_answers(said)
+
+    def _keep_answers(self, said):
+        """Write an evaluation's answers; show one that turned right, and one that turned wrong."""
+        runlog.append(self.answers, {"step": self.step, "answers": said})
+        before = {answer["question"]: answer.get("right") for answer in self.said}
+        for right, turned in ((True, "right"), (False, "wrong")):
+            flipped = [answer for answer in said if answer.get("right") is right
+                       and before.get(answer["question"]) is (not right)]
+            if flipped:
+                self.bar.write(f"  {len(flipped)} turned {turned}, such as: "
+                               f"{flipped[0]['question']} {flipped[0]['answer']:.100}")
+        self.said = said
