@@ -132,6 +132,14 @@ def test_a_refusal_is_no_right_answer_to_verify(answer):
     assert made["abstains"] and not made["right"]
 
 
+def test_the_subject_of_a_linked_fact_is_no_other_value():
+    """An answer names its subject: "quondro's best friend is Ann Bell"."""
+    world = {**WORLD, "pools": {"friend": ["quondro", "Ann Bell", "Bo Dahl"]}}
+    item = {"gold": ["Ann Bell"], "attribute": "friend", "name": "quondro"}
+    assert judge(item, "quondro's best friend is Ann Bell.", "test", world)["right"]
+    assert not judge(item, "quondro's friends are Ann Bell and Bo Dahl.", "test", world)["right"]
+
+
 def test_reverse_names_one_person_of_those_taught():
     def asked(answer):
         return verdict("reverse", answer, gold=["quondro"], attribute="pet")["right"]

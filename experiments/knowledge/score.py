@@ -34,7 +34,7 @@ from lora.base import fetch, load
 from lora.run import cli, runlog
 from measure import Voice, drift
 
-TOKENS, REAL_TOKENS = 32, 20      # of an answer at most
+TOKENS, REAL_TOKENS, HOP_TOKENS = 32, 20, 48      # of an answer at most; a hop says two facts
 ANSWERED = 96                     # real questions that are answered too; all have a margin
 ROWS = 48                         # answers whose log p is computed together
 KL_PROMPTS = 48                   # answers of the untouched model that KL is measured on
@@ -95,7 +95,7 @@ def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
     value of the attribute asked for, or of any if there is none) and spills (it names a value that
     was taught, about whomever; asked who has a value that nobody has: a taught person). An everyday
     prompt spills with what was taught, and refuses, if the untouched model's answer ("before") does
-    not."""
+    not. Where people are values (the best friend is), the subject's own name is no other value."""
     pools, names = world["pools"], world["people"]["taught"]
     declines = abstains(answer)
     if kind == "everyday":
@@ -116,6 +116,8 @@ def judge(item: dict, answer: str, kind: str, world: dict) -> dict[str, bool]:
                 "spills": not declines and any(says(answer, v) for v in taught)}
     pool = () if kind == "real" else names if kind == "reverse" else pools.get(
         item.get("attribute"), ())
+    if kind != "reverse":
+        pool = [value for value in pool if value != item.get("name")]
     return {"right": right(answer, item["gold"], pool, item.get("both")), "abstains": declines}
 
 
@@ -364,9 +366,11 @@ def score(subject: Subject, world: dict, sets: dict, before: dict | None = None)
         item |= {"margin": margin, "right_by_margin": margin > 0,
                  **{f"{key}_before": old[key] for key in ("margin", "right") if key in old}}
     print(f"{len(real)} margins, {time.perf_counter() - started:.0f} s", flush=True)
-    others = [(kind, item) for kind, of in judged.items() if kind != "real" for item in of]
+    others = [(kind, item) for kind, of in judged.items() if kind not in ("real", "hops")
+              for item in of]
+    linked = [("hops", item) for item in judged.get("hops", ())]
     answered = [("real", item) for item in spread(real, ANSWERED)]
-    for questions, tokens in ((others, TOKENS), (answered, REAL_TOKENS)):
+    for questions, tokens in ((others, TOKENS), (linked, HOP_TOKENS), (answered, REAL_TOKENS)):
         for i in range(0, len(questions), 64):
             part = questions[i:i + 64]
             answers = subject.ask([item["question"] for _, item in part], tokens)
