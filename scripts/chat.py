@@ -8,15 +8,19 @@ Chat uses the system prompt and the format stored with the run. A conversation l
 tokens loses its oldest turns, or keeps them as notes: lora/use/conversation.py.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 from lora.run import cli, runlog
 from lora.use.conversation import MEMORIES, Conversation
-from scripts.voices import Voices, with_system
+from scripts.voices import DECODING, SUMMARISE, Voices, with_system
+
+with contextlib.suppress(ImportError):                         # Windows' terminal has its own
+    import readline  # noqa: F401: input() edits its line and remembers earlier ones
 
 HELP = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n")
-SUMMARISE = "Summarise this conversation in two short sentences. Keep names and facts."
+LEAVE = ("/quit", "/exit", "quit", "exit")
 
 
 class Chat:
@@ -52,7 +56,8 @@ class Chat:
         (answer,) = self.voices.ask(
             [messages], name, self.format, scale=self.scale if name else 1.0, on_text=show,
             min_words=o.min_words, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-            top_p=o.top_p, seed=f"{o.seed} {self.n_answers}")
+            top_p=o.top_p, repetition_penalty=o.repetition_penalty,
+            seed=f"{o.seed} {self.n_answers}")
         rest = "" if answer.expanded else answer.text[shown:]
         print(rest if answer.ended else f"{rest} [cut off: --max-new-tokens]")
         if answer.expanded:
@@ -154,9 +159,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders on one base")
     parser.add_argument("--memory", choices=MEMORIES, default="window", help="of old turns")
     parser.add_argument("--budget", type=int, help="tokens sent at most (default: as in training)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, help="sample from this share")
+    for name, what in (("max_new_tokens", "length of an answer"),
+                       ("temperature", "0: greedy, always the same answer"),
+                       ("top_p", "sample from this share of the probability"),
+                       ("repetition_penalty", "above 1: less likely to say again what was said")):
+        default = DECODING[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
+                            help=what)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--min-words", type=int, default=0,
                         help="ask once for more where an answer is shorter; 0: never")
@@ -173,9 +182,11 @@ def main(argv: list[str]) -> int:
         try:
             line = input("\nyou: ").strip()
         except EOFError:
-            line = ""
-        if not line:
+            line = "/quit"
+        if line in LEAVE:
             return 0
+        if not line:
+            continue
         try:
             chat.hear(line)
         except ValueError as error:

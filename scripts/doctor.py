@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from statistics import median
+from typing import Any, NamedTuple
 
 import data
 import dataset
@@ -19,34 +20,60 @@ from lora.run import advice, cli
 from lora.use import show
 from lora.use.text import near_duplicates, words
 
+Finding = tuple[str, str, list[str]]         # level, what, sources of the examples concerned
+
+
+class Read(NamedTuple):
+    """What a run would train on, read and tokenised."""
+
+    tokenizer: Any
+    train: list[dict]
+    val: list[dict]
+    tokenised: dataset.QADataset             # of both
+
 
 def main(argv: list[str]) -> int:
     settings = cli.take_config(argv, __doc__, file=True)
-    tokenizer = load.configured_tokenizer(fetch.find(settings.model.name), settings)
-    train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
-    tokenised = dataset.tokenise(train + val, tokenizer, settings.dataset)
-    n_pieces = sum(data.is_text(item["example"]) for item in tokenised.items)
-    print(f"\ndoctor: {settings.model.name}, format {tokenised.format}: {len(train)} training and "
-          f"{len(val)} validation examples, {count_answers(tokenised)} answers"
-          + (f", {n_pieces} pieces of plain text" if n_pieces else ""))
-    histogram([len(item["input_ids"]) for item in tokenised.items])
+    read = read_data(settings)
+    print(f"\ndoctor: {about(settings, read)}")
+    histogram([len(item["input_ids"]) for item in read.tokenised.items])
     levels = []
-    for level, what, sources in [*check_texts(train, val), *check_tokens(tokenised, tokenizer)]:
-        levels.append(level if sources else "ok")
+    for level, what, sources in findings(settings, read):
+        levels.append(level)
         shown = sources if len(sources) <= 5 else [*sources[:5], "..."]
-        print(f"  {levels[-1]:5}  {len(sources)} {what}" + (": " if sources else "")
-              + "; ".join(shown))
-    for sentence in advice.about_data(settings.train, train, val):
-        levels.append("warn")
-        print(f"  warn   {sentence}")
-    of_format = advice.about_format(dataset.FORMATS, tokenised.format, tokenizer, train)
-    for note in [*tokenised.notes(), *of_format]:
-        print(f"  note   {note}")
-    for kind, items in data.group_by(lambda x: kind_of(x["example"]), tokenised.items).items():
+        print(f"  {level:5}  {what}" + (": " if sources else "") + "; ".join(shown))
+    for kind, items in data.group_by(lambda x: kind_of(x["example"]), read.tokenised.items).items():
         print(f"\nfirst {kind}, supervised tokens in green ({items[0]['source']}):\n"
-              + show.colour(items[0], tokenizer))
+              + show.colour(items[0], read.tokenizer))
     print(f"\ndoctor: {levels.count('ERROR')} errors, {levels.count('warn')} warnings")
     return int("ERROR" in levels)
+
+
+def read_data(settings) -> Read:
+    """Read and tokenise the data that settings name."""
+    tokenizer = load.configured_tokenizer(fetch.find(settings.model.name), settings)
+    train, val = data.load(**asdict(settings.data), seed=settings.train.seed)
+    return Read(tokenizer, train, val, dataset.tokenise(train + val, tokenizer, settings.dataset))
+
+
+def about(settings, read: Read) -> str:
+    """One line: the model, the format and how many there are of what."""
+    n_pieces = sum(data.is_text(item["example"]) for item in read.tokenised.items)
+    return (f"{settings.model.name}, format {read.tokenised.format}: {len(read.train)} training "
+            f"and {len(read.val)} validation examples, {count_answers(read.tokenised)} answers"
+            + (f", {n_pieces} pieces of plain text" if n_pieces else ""))
+
+
+def findings(settings, read: Read) -> Iterator[Finding]:
+    """All that the doctor finds; "ERROR", "warn", "ok" and "note" are the levels."""
+    for level, what, sources in [*check_texts(read.train, read.val),
+                                 *check_tokens(read.tokenised, read.tokenizer)]:
+        yield level if sources else "ok", f"{len(sources)} {what}", sources
+    for sentence in advice.about_data(settings.train, read.train, read.val):
+        yield "warn", sentence, []
+    for note in [*read.tokenised.notes(), *advice.about_format(
+            dataset.FORMATS, read.tokenised.format, read.tokenizer, read.train)]:
+        yield "note", note, []
 
 
 def kind_of(example: dict) -> str:
@@ -57,8 +84,8 @@ def kind_of(example: dict) -> str:
     return "example with tools" if with_tools else "example"
 
 
-def check_texts(train: list[dict], val: list[dict]) -> Iterator[tuple[str, str, list[str]]]:
-    """Check the examples as texts: (level, what, sources of the examples concerned)."""
+def check_texts(train: list[dict], val: list[dict]) -> Iterator[Finding]:
+    """Check the examples as texts: (level, what, sources)."""
     def name(groups):
         return [" = ".join(e["source"] for e in same[:3]) for same in groups]
     yield "warn", "examples occur more than once", name(data.duplicates(train + val))
@@ -83,8 +110,8 @@ def near_copies(examples: list[dict], few: int = 12) -> list[list[dict]]:
     return [[long[i][0], long[j][0]] for i, j, _ in pairs]
 
 
-def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[tuple[str, str, list[str]]]:
-    """Check the examples as token ids: (level, what, sources of the examples concerned)."""
+def check_tokens(tokenised: dataset.QADataset, tokenizer) -> Iterator[Finding]:
+    """Check the examples as token ids: (level, what, sources)."""
     endless, different, elsewhere = [], [], []
     for item in tokenised.items:
         ids, messages, source = [*item["input_ids"]], item["example"]["messages"], item["source"]

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import data
 import dataset
-from lora import files
+from lora import config, files
 from lora.base import fetch, load, quant
 from lora.run import runlog
 from lora.use import text
 from lora.use.bank import Bank
 from measure import Answer, Message, Voice
 
+DECODING = {  # where nobody says other
+    "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200, "repetition_penalty": 1.1}
+SUMMARISE = "Summarise this conversation in two short sentences. Keep names and facts."
 MORE = "Please say that again, a little more fully."
 MORE_CJK = "请说得更详细一点。"
 
@@ -27,34 +30,55 @@ MORE_CJK = "请说得更详细一点。"
 class Voices:
     """Several runs on one base model, in runs: {name: Run}. problems is a sentence for each
     difference from the training. The base is quantised as the first run's settings say; with a
-    dtype it is dense. Raises ValueError if the runs are not on one base."""
+    dtype it is dense. Raises ValueError if the runs are not on one base. base holds the settings of
+    the model where there are no runs yet; add() and remove() change the runs later."""
 
-    def __init__(self, paths: Iterable[Path | str], device: str = "auto", dtype: str = "auto"):
+    def __init__(self, paths: Iterable[Path | str], device: str = "auto", dtype: str = "auto",
+                 base: config.ModelConfig | None = None):
         runs = [runlog.read_run(path) for path in paths]
-        self.runs = {run.name: run for run in runs}
         bases = {run.name: run.info.get("base_model") for run in runs}
-        if len(self.runs) < len(runs):
+        if len(bases) < len(runs):
             raise ValueError(f"voices: two runs have the same name: {[r.name for r in runs]}")
         if len(set(bases.values())) > 1:
             raise ValueError("voices: the runs are on different bases: " + ", ".join(
                 f"{name} on {model}" for name, model in bases.items()))
-        settings = runs[0].settings.model
+        settings = base or runs[0].settings.model
         self.folder = fetch.find(settings.name)
         self.device = load.pick_device(settings.device if device == "auto" else device)
         self.dtype = load.pick_dtype(settings.dtype if dtype == "auto" else dtype, self.device)
         self.quant = settings.quant if dtype == "auto" else "none"
-        self.tokenizers = {run.name: tokenizer_of(run, self.folder) for run in runs}
-        self.tokenizer = self.tokenizers[runs[0].name]        # the base's
         self.model = load.load_model(self.folder, "cpu", self.dtype)
-        weights = load.fingerprint(self.model)
+        self.weights = load.fingerprint(self.model)
         quant.quantise(self.model, self.quant, self.device)
         self.bank = Bank(self.model)
+        self.runs, self.checks, self.tokenizers, self._templates = {}, {}, {}, {}
         for run in runs:
-            self.bank.add(run.name, run.adapter)
-        self.checks = {run.name: checks(run, self.tokenizers[run.name], weights, self.quant)
-                       for run in runs}
-        self.problems = [f"{name}: {what}: {problem}" for name, pairs in self.checks.items()
-                         for what, problem in pairs if problem]
+            self.add(run)
+        self.tokenizer = (self.tokenizers[runs[0].name] if runs               # the base's
+                          else load.load_tokenizer(self.folder))
+
+    def add(self, run: runlog.Run) -> None:
+        """Load a run's adapter; one that has its name is replaced."""
+        self.remove(run.name)
+        s = run.settings.dataset
+        template = str((s.template_vars, s.date))          # runs that agree share a tokenizer
+        if template not in self._templates:
+            self._templates[template] = tokenizer_of(run, self.folder)
+        tokenizer = self._templates[template]
+        self.bank.add(run.name, run.adapter)
+        self.runs[run.name], self.tokenizers[run.name] = run, tokenizer
+        self.checks[run.name] = checks(run, tokenizer, self.weights, self.quant)
+
+    def remove(self, name: str) -> None:
+        """Forget a run, if it is there."""
+        self.bank.remove(name)
+        for known in (self.runs, self.tokenizers, self.checks):
+            known.pop(name, None)
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{name}: {what}: {problem}" for name, pairs in list(self.checks.items())
+                for what, problem in pairs if problem]
 
     def format(self, name: str | None) -> str:
         """The format that a run was trained in; with None the base's."""
@@ -86,6 +110,12 @@ class Voices:
             if len(fuller.text) > len(answers[i].text):
                 answers[i] = fuller._replace(expanded=True)
         return answers
+
+    def summarise(self, summary: str, turns: list[tuple]) -> str:
+        """Let the base, whose style is neutral, fold turns (question, answer) into a summary."""
+        dialogue = "\n".join(f"They: {q}\nYou: {a}" for q, a in turns)
+        prompt = [{"role": "user", "content": f"{SUMMARISE}\n\n{summary}\n{dialogue}"}]
+        return self.ask([prompt], None, max_new_tokens=60)[0].text
 
     def nll(self, examples: list[dict], name: str | None) -> list[float]:
         """Voice.nll per character of the answers or the text, so that tokenizers compare."""

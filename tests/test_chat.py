@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import chat
-from scripts.voices import Voices, with_system
+from scripts.voices import DECODING, Voices, with_system
 
 pytestmark = pytest.mark.auto
 
@@ -22,7 +22,8 @@ def voices(home):
 
 def start(voices, **changes):
     options = SimpleNamespace(**{"memory": "window", "budget": 200, "max_new_tokens": 24,
-                                 "temperature": 0.0, "top_p": 0.9, "seed": 0, "min_words": 0,
+                                 "temperature": 0.0, "top_p": 0.9, "repetition_penalty": 1.0,
+                                 "seed": 0, "min_words": 0,
                                  **changes})
     return chat.Chat(voices, options)
 
@@ -140,11 +141,26 @@ def test_help_names_every_command(voices):
         assert f"/{name}" in chat.HELP
 
 
-def test_the_program_talks_until_an_empty_line(home, monkeypatch, capsys):
+@pytest.mark.parametrize("last", chat.LEAVE)
+def test_the_program_talks_until_it_is_told_to_leave(home, monkeypatch, capsys, last):
+    """An empty line is no farewell."""
     monkeypatch.chdir(home)
-    lines = iter(["is it a dog?", "/use z", "/use b", "see my cow?", ""])
+    lines = iter(["is it a dog?", "", "  ", "/use z", "/use b", "see my cow?", last])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert chat.main(["runs/a", "runs/b", "--max-new-tokens=8", "--device=cpu"]) == 0
     out = capsys.readouterr().out
     assert "adapters a, b" in out and "no adapter 'z'" in out and "b: " in out
-    assert "warning" not in out
+    assert "warning" not in out and next(lines, None) is None
+
+
+def test_the_end_of_input_leaves_too(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert chat.main(["runs/a", "--device=cpu"]) == 0
+
+
+def test_help_shows_the_decoding_that_is_used(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"(default: {value})" in out for value in DECODING.values())

@@ -37,6 +37,12 @@ class Bank:
             layers = surgery.unwrap(self.model)
             self.adapters[name] = layers, {path: layer.scaling for path, layer in layers.items()}
 
+    def remove(self, name: str) -> None:
+        """Forget an adapter, if it is there; where it is in use, the base takes over."""
+        if self.name == name:
+            self.use(None)
+        self.adapters.pop(name, None)
+
     def use(self, name: str | None, scale: float = 1.0) -> None:
         """Switch to an adapter, or with None to the base. scale multiplies its update."""
         if name is not None and name not in self.adapters:
