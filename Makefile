@@ -2,6 +2,8 @@
 #   make train    fetch the model, teach it the facts of data.py, draw the curves
 #   make persona  train the companion, verify it, compare it with its base: reports/companion
 #   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
+#   make studio   a page in the browser: runs while they train, your data, talking; and an endpoint
+#   make identity teach the model who it is, in your words
 #   make experiment  facts into a chat and a base model, the failed recipe, a placebo, ours in short: 37 minutes
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
@@ -14,7 +16,7 @@ BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-{d}-4x4-lengthgrouped,trl-{d}-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train persona friends experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends studio identity experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -31,6 +33,9 @@ friends: .venv/run.done
 	    $(PY) train.py --config examples/friends/$$f/config.json $(ARGS) || exit 1; done
 	$(PY) -m scripts.compare --adapters runs/bram runs/juno runs/ottoline \
 	    --samples 1 --max-new-tokens 80 --open
+
+studio: .venv/studio.done
+	$(PY) -m scripts.studio $(ARGS)
 
 experiment: .venv/run.done
 	$(PY) -m experiments.knowledge.run $(ARGS)
@@ -85,6 +90,10 @@ clean:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+.venv/studio.done: requirements-studio.txt .venv/run.done
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-studio.txt
+	@touch $@
+
 .venv/bench.done: requirements-bench.txt .venv/run.done
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
@@ -108,6 +117,6 @@ clean:
 	.venv-vllm/bin/vllm --version
 	@touch $@
 
-.venv/dev.done: requirements-dev.txt requirements-quant.txt .venv/run.done
+.venv/dev.done: requirements-dev.txt requirements-quant.txt requirements-studio.txt .venv/run.done
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from lora.run import cli, runlog
 from lora.use.conversation import MEMORIES, Conversation
-from scripts.voices import DECODING, SUMMARISE, Voices, with_system
+from scripts.voices import DECODING, Voices, with_system
 
-with contextlib.suppress(ImportError):                         # Windows' terminal has its own
-    import readline  # noqa: F401: input() edits its line and remembers earlier ones
+with contextlib.suppress(ImportError):       # input() edits its line and remembers earlier ones;
+    import readline  # noqa: F401             # Windows' terminal does that by itself
 
 HELP = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n")
 LEAVE = ("/quit", "/exit", "quit", "exit")
@@ -31,7 +31,7 @@ class Chat:
         self.name, self.scale, self.n_answers = next(iter(voices.runs)), 1.0, 0
         budget = options.budget or voices.runs[self.name].settings.dataset.max_length
         self.talk = Conversation(self.count_tokens, budget, voices.system(self.name),
-                                 options.memory, self.summarise)
+                                 options.memory, voices.summarise)
 
     def count_tokens(self, messages: list[dict]) -> int:
         """How many tokens the model reads before its answer."""
@@ -63,12 +63,6 @@ class Chat:
         if answer.expanded:
             print(f"  [shorter than {o.min_words} words; asked for more:]\n{answer.text}")
         return answer.text
-
-    def summarise(self, summary: str, turns: list[tuple]) -> str:
-        """Let the base, whose style is neutral, fold turns into a summary."""
-        dialogue = "\n".join(f"They: {q}\nYou: {a}" for q, a in turns)
-        prompt = [{"role": "user", "content": f"{SUMMARISE}\n\n{summary}\n{dialogue}"}]
-        return self.voices.ask([prompt], None, max_new_tokens=60)[0].text
 
     def hear(self, line: str) -> None:
         """Answer a message or run a /command; raise ValueError if that is impossible."""

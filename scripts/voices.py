@@ -21,7 +21,7 @@ from lora.use.bank import Bank
 from measure import Answer, Message, Voice
 
 DECODING = {  # where nobody says other
-    "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200, "repetition_penalty": 1.1}
+    "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200, "repetition_penalty": 1.05}
 SUMMARISE = "Summarise this conversation in two short sentences. Keep names and facts."
 MORE = "Please say that again, a little more fully."
 MORE_CJK = "请说得更详细一点。"

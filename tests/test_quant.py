@@ -253,7 +253,8 @@ def test_paged_moments_need_cuda():
 @pytest.mark.real
 def test_the_facts_are_learned_over_4_bits_as_well_as_over_the_dense_base(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
-                           "--model.quant=nf4", "--model.dtype=float32"], cwd=tmp_path,
+                           "--model.quant=nf4", "--model.dtype=float32",
+                           f"--keep.replay={ROOT / 'examples/everyday.txt'}"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = map(json.loads, (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines())
