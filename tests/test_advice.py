@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_model
 from transformers import LlamaConfig, Qwen2Config
 
 import data
 from inject import inject
 from lora import config
+from lora.layer import LoRALinear
+from lora.optim import AdamW
 from lora.run import advice
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +50,8 @@ def test_the_default_settings_on_the_default_facts_need_no_advice(tmp_path):
     ({"adapted": ALL[-5:]}, "adapters sit in 5 of 30 blocks"),
     ({"train__lr": 5e-5}, "lr 5.0e-05 with lora_alpha 32 is 26 times below the rule, 1.3e-03"),
     ({"lora__lora_alpha": 1, "train__lr": 1e-3}, "with lora_alpha 1 is 42 times below the rule"),
+    ({"lora__r": 64, "lora__use_rslora": True, "train__lr": 1e-5},
+     "lr 1.0e-05 with lora_alpha 32, r 64 and use_rslora is 17 times below the rule, 1.7e-04"),
     ({"train__repetition_penalty": 1.1}, "a repetition penalty lowers"),
     ({"train__max_steps": 4}, "4 steps are no more than the 5 of the warm-up"),
     ({"train__epochs": 0.5}, "4 steps are no more than the 5 of the warm-up"),
@@ -83,7 +88,7 @@ def test_conversations_without_facts_have_other_rules(tmp_path):
 
 
 def test_limits_are_where_they_are_said_to_be(tmp_path):
-    rule = advice.rule_lr(MODEL, 32)
+    rule = advice.rule_lr(MODEL, 32, 8)
     assert told(tmp_path, train__lr=rule / 3.99) == [] != told(tmp_path, train__lr=rule / 4.01)
     assert told(tmp_path, ALL[:10]) == [] != told(tmp_path, ALL[:9])
     four, three = (data.fact_examples([f._replace(questions=f.questions[:n]) for f in data.FACTS])
@@ -94,11 +99,34 @@ def test_limits_are_where_they_are_said_to_be(tmp_path):
 
 def test_the_rule_for_the_learning_rate():
     wide = SimpleNamespace(config=LlamaConfig(hidden_size=2000, num_attention_heads=20))
-    assert advice.rule_lr(wide, 32) == pytest.approx(5e-4)
-    assert advice.rule_lr(wide, 64) == pytest.approx(2.5e-4)
-    assert advice.rule_lr(MODEL, 32) == pytest.approx(5e-4 * (2000 / 576) ** 0.781)
+    assert advice.rule_lr(wide, 32, 8) == pytest.approx(5e-4)
+    assert advice.rule_lr(wide, 64, 8) == pytest.approx(2.5e-4)
+    assert advice.rule_lr(MODEL, 32, 8) == pytest.approx(5e-4 * (2000 / 576) ** 0.781)
+    assert advice.rule_lr(wide, 32, 64) == pytest.approx(5e-4)  # alpha / r: whatever the rank
+    assert advice.rule_lr(wide, 32, 64, use_rslora=True) == pytest.approx(5e-4 / 8)
+    assert advice.rule_lr(wide, 32, 1, use_rslora=True) == pytest.approx(5e-4)
     qwen = SimpleNamespace(config=Qwen2Config(hidden_size=896))
-    assert advice.rule_lr(qwen, 32) == pytest.approx(5e-4 * (2000 / 896) ** 0.0775)
+    assert advice.rule_lr(qwen, 32, 8) == pytest.approx(5e-4 * (2000 / 896) ** 0.0775)
+
+
+def test_a_rate_that_is_right_with_rslora_needs_no_advice(tmp_path):
+    lora = {"lora__r": 64, "train__lr": 1.7e-4}
+    assert told(tmp_path, **lora) != told(tmp_path, lora__use_rslora=True, **lora) == []
+
+
+@pytest.mark.parametrize("r", [2, 8, 64])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_rule_keeps_adams_first_step(r, use_rslora):
+    """At the rule's rate the loss falls by lr s r d_out E|G^T x A^T| at first, for all ranks alike;
+    such an entry is normal with variance 64 rows / 3."""
+    torch.manual_seed(0)
+    G, x = torch.randn(64, 48), torch.randn(64, 256)
+    layer = LoRALinear(torch.nn.Linear(256, 48, bias=False), r, 32, use_rslora=use_rslora)
+    (G * layer(x)).sum().backward()
+    AdamW([layer.lora_B]).step(advice.rule_lr(MODEL, 32, r, use_rslora))
+    fall = -(G * (layer(x) - layer.base_layer(x))).sum().item()
+    expected = advice.rule_lr(MODEL, 32, 8) * 32 * 48 * (2 / torch.pi * 64 / 3) ** 0.5
+    assert fall == pytest.approx(expected, rel=0.1)
 
 
 def test_blocks_are_counted_in_the_paths_that_inject_gives(tmp_path):

@@ -15,13 +15,15 @@ from ..optim import epochs_of
 from ..surgery import block_numbers
 
 
-def rule_lr(model, lora_alpha: float) -> float:
+def rule_lr(model, lora_alpha: float, r: int, use_rslora: bool = False) -> float:
     """Return the learning rate that works for a LoRA on this model's linear layers: 5e-4 (2000/d)^e
     for lora_alpha = 32, e = 0.0775 for Qwen and 0.781 for Llama's kind (Schulman et al. 2025, LoRA
-    Without Regret, and its tinker-cookbook). The first step is proportional to lora_alpha lr."""
+    Without Regret, and its tinker-cookbook). Adam's first steps are proportional to lr scaling r
+    (docs/maths.md, 1), which is lr lora_alpha, whatever r; with rsLoRA it grows with sqrt(r)."""
     config = model.config.get_text_config()
     e = 0.0775 if "qwen" in config.model_type else 0.781
-    return 5e-4 * (2000 / config.hidden_size) ** e * 32 / lora_alpha
+    strength = lora_alpha * math.sqrt(r) if use_rslora else lora_alpha
+    return 5e-4 * (2000 / config.hidden_size) ** e * 32 / strength
 
 
 def sentences(settings, model, adapted: list[str], train: list[dict], val: list[dict]) -> list[str]:
@@ -30,14 +32,18 @@ def sentences(settings, model, adapted: list[str], train: list[dict], val: list[
     notes = about_data(settings.train, train, val)
     if not any("group" in e for e in train):
         return notes                                          # the other rules are about facts
-    blocks, rule = block_numbers(adapted), rule_lr(model, settings.lora.lora_alpha)
+    blocks, lora = block_numbers(adapted), settings.lora
+    rule = rule_lr(model, lora.lora_alpha, lora.r, lora.use_rslora)
+    scaled = f"lora_alpha {lora.lora_alpha}"
+    if lora.use_rslora:
+        scaled += f", r {lora.r} and use_rslora"
     depth = model.config.get_text_config().num_hidden_layers
     return notes + _true([
         (len(blocks) < depth / 3, f"adapters sit in {len(blocks)} of {depth} blocks; facts are "
          "recalled in the early and middle ones (lora.layers=all)"),
-        (settings.train.lr < rule / 4, f"lr {settings.train.lr:.1e} with lora_alpha "
-         f"{settings.lora.lora_alpha} is {rule / settings.train.lr:.0f} times below the rule, "
-         f"{rule:.1e}: facts may not be learned at all"),
+        (settings.train.lr < rule / 4, f"lr {settings.train.lr:.1e} with {scaled} is "
+         f"{rule / settings.train.lr:.0f} times below the rule, {rule:.1e}: facts may not be "
+         "learned at all"),
         (settings.train.repetition_penalty > 1, "a repetition penalty lowers the tokens of the "
          "question too, and the name is one of them: facts that are known are then not said"),
     ])
