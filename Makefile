@@ -4,6 +4,7 @@
 #   make friends  three voices on one base, and whose reply is whose: reports/bram-juno-ottoline
 #   make studio   a page in the browser: runs while they train, your data, talking; and an endpoint
 #   make identity teach the model who it is, in your words
+#   make study    docs/maths.md as a notebook, and as a page with the code beside it
 #   make experiment  facts into a chat and a base model, the failed recipe, a placebo, ours in short: 37 minutes
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
@@ -16,7 +17,7 @@ BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-{d}-4x4-lengthgrouped,trl-{d}-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train persona friends studio identity experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends studio identity study experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -36,6 +37,9 @@ friends: .venv/run.done
 
 studio: .venv/studio.done
 	$(PY) -m scripts.studio $(ARGS)
+
+study: .venv/run.done
+	$(PY) -m scripts.study
 
 experiment: .venv/run.done
 	$(PY) -m experiments.knowledge.run $(ARGS)
