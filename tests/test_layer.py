@@ -134,6 +134,14 @@ def test_wraps_any_linear_like_module():
         layer.merge()
 
 
+def test_a_weight_of_whole_numbers_is_not_merged():
+    """8-bit layers keep the shape of W."""
+    layer = LoRALinear(nn.Linear(4, 4), 2, 4)
+    layer.base_layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="base weight is quantised"):
+        layer.merge()
+
+
 def test_errors():
     with pytest.raises(ValueError, match="LayerNorm is not linear-like; expected in_features"):
         LoRALinear(nn.LayerNorm(4), 2, 4)
@@ -176,6 +184,7 @@ def test_dropout_and_a_packed_base_take_the_plain_way():
     dropped = moved(LoRALinear(nn.Linear(8, 8), 2, 4, lora_dropout=0.5)).train()
     assert not torch.equal(dropped(x)[0], dropped(x)[1])
     assert not LoRALinear(Packed(8, 8), 2, 4).dense
+    assert "LoRAFunction" in str(LoRALinear(nn.Linear(8, 8), 2, 4)(x).grad_fn)
     assert "LoRAFunction" not in str(LoRALinear(Packed(8, 8), 2, 4)(x).grad_fn)
 
 

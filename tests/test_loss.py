@@ -7,6 +7,7 @@ from conftest import make_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dataset
+import train
 from inject import inject
 from lora import loss, surgery
 from lora.base import load
@@ -59,6 +60,17 @@ def assert_same_step(one, other):
 def test_any_split_into_micro_batches_gives_the_same_step(adapted, size):
     whole = step(adapted, dataset.micro_batches(items(), 8, pad_id=0))
     assert_same_step(step(adapted, dataset.micro_batches(items(), size, pad_id=0)), whole)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_accumulate_gives_the_gradient_of_the_mean_over_all_tokens(adapted, size):
+    batches = dataset.Batches(0, "cpu", "padded", True, size, from_base=lambda item: False)
+    n_tokens = sum(x != loss.IGNORE_INDEX for item in items() for x in item["labels"][1:])
+    whole = step(adapted, dataset.micro_batches(items(), 8, pad_id=0))
+    adapted.zero_grad()
+    ce, hits = train.accumulate(adapted, batches, items(), n_tokens, seed=0)
+    assert_same_step((ce / n_tokens, [p.grad for p in adapter_parameters(adapted)]), whole)
+    assert hits == loss.evaluate(adapted, batches(items()))[1]
 
 
 @pytest.mark.parametrize("pad_id", [0, 2, 199])
@@ -165,6 +177,18 @@ def test_evaluation_is_weighted_by_token(adapted):
     one = loss.evaluate(adapted, dataset.micro_batches(items(), 8, 0))
     many = loss.evaluate(adapted, dataset.micro_batches(items(), 3, 0))
     assert one == pytest.approx(many, rel=1e-6) and one[2] == many[2]
+
+
+def test_an_evaluation_drops_nothing():
+    model = make_model()
+    inject(model, r=4, lora_alpha=8, lora_dropout=0.5)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    batches = dataset.micro_batches(items(), 3, 0)
+    model.train()                                          # as a step leaves it
+    one = loss.evaluate(model, batches)
+    model.train()
+    assert loss.evaluate(model, batches) == one
 
 
 @pytest.mark.parametrize("lean", [True, False])
