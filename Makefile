@@ -38,6 +38,11 @@ friends: .venv/run.done
 studio: .venv/studio.done
 	$(PY) -m scripts.studio $(ARGS)
 
+identity: .venv/run.done
+	$(PY) -m scripts.identity --config examples/identity/config.json
+	$(PY) train.py --config examples/identity/config.json $(ARGS)
+	$(PY) -m scripts.identity --config examples/identity/config.json --report
+
 study: .venv/run.done
 	$(PY) -m scripts.study
 

@@ -319,9 +319,9 @@ def test_only_a_visible_page_polls_and_faster_while_something_trains(visit):
     page.clock.pause_at(60)                      # from here on time passes in after() alone
     page.reload()
     after(0, 1)
-    after(1.9, 1)
+    after(3.9, 1)
     after(0.2, 2)
-    after(2.1, 3)
+    after(4.1, 3)
     hide(True)
     after(60, 3)
     state = "finished"
