@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 
 import lora.fast.waiting  # noqa: F401
 
@@ -19,6 +20,11 @@ from lora.base import load
 AUTO = os.environ.get("AUTO_DTYPE", "float32")
 assert AUTO in ("float32", "bfloat16"), f"AUTO_DTYPE is {AUTO}"
 FAST_BFLOAT16, load.fast_bfloat16 = load.fast_bfloat16, lambda device: AUTO == "bfloat16"
+
+
+# a shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def within(float32, bfloat16):
