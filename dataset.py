@@ -15,7 +15,7 @@ import random
 import re
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ import data
 from lora import config
 from lora.base import fetch, formats, load, templates
 from lora.base.formats import FORMATS, choose_format, stop_of
-from lora.fast.flat import flatten
+from lora.fast.flat import SHORTEST, flatten
 from lora.loss import IGNORE_INDEX, Batch
 from lora.read.messages import unwritten
 from lora.run import cli, parallel
@@ -211,6 +211,12 @@ class QADataset:
     def __getitem__(self, i: int) -> dict:
         return self.items[i]
 
+    def conversations(self) -> list[int]:
+        """For each sample the first of its conversation: samples of one begin alike."""
+        first = {}
+        return [i if data.is_text(item["example"]) else first.setdefault(id(item["example"]), i)
+                for i, item in enumerate(self.items)]
+
     def notes(self) -> list[str]:
         """Return sentences about what was dropped, cut, split, or is not in the text."""
         with_system = [e["source"] for e in self.examples if e["messages"][0]["role"] == "system"]
@@ -268,13 +274,14 @@ def collate(items: list[dict], pad_id: int, device="cpu") -> Batch:
 def micro_batches(items: list[dict], size: int, pad_id: int, device="cpu",
                   layout: str = "padded") -> list[Batch]:
     """Split the examples of one step into batches of at most size, sorted by length so that little
-    is padded; or flat, with or without shared prefixes (lora/fast/flat.py). The split changes
-    memory and speed, never the step's loss."""
-    rows = sorted(items, key=lambda item: len(item["input_ids"]))
+    is padded; or flat, with or without shared beginnings (lora/fast/flat.py), then sorted so that
+    these are together. The split changes memory and speed, never the step's loss."""
+    rows = sorted(items, key=lambda item: item["input_ids"] if layout == "shared"
+                  else len(item["input_ids"]))
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     if layout == "padded":
         return [collate(part, pad_id, device) for part in parts]
-    return [flatten(part, device, share=layout == "shared") for part in parts]
+    return [flatten(part, device, SHORTEST if layout == "shared" else 0) for part in parts]
 
 
 @dataclass
@@ -309,12 +316,13 @@ class Batches:
 
 
 def windows(pools: list[tuple[list[int], int]], batch_size: int, epochs: float,
-            max_steps: int | None, seed: int) -> list[tuple[int, list[int]]]:
+            max_steps: int | None, seed: int, of: Sequence = range(2**63 - 1),
+            ) -> list[tuple[int, list[int]]]:
     """Return [(epoch, indices of examples)], one for each step.
 
     pools are (indices, how many of them an epoch takes); a pool that is not taken whole goes on
     where the last epoch left it. An epoch's order depends on seed and epoch alone. Its last,
-    shorter, window is a step like the others.
+    shorter, window is a step like the others. Neighbours i, j with of[i] == of[j] stay together.
 
     >>> windows([([0, 1, 2], 3)], batch_size=2, epochs=2, max_steps=None, seed=0)
     [(0, [0, 1]), (0, [2]), (1, [2, 1]), (1, [0])]
@@ -325,7 +333,9 @@ def windows(pools: list[tuple[list[int], int]], batch_size: int, epochs: float,
     for epoch in range(math.ceil(total / per_epoch)):
         order = [indices[(epoch * count + i) % len(indices)]
                  for indices, count in pools for i in range(count)]
-        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        units = [[*unit] for _, unit in groupby(order, of.__getitem__)]
+        random.Random(f"{seed} epoch {epoch}").shuffle(units)
+        order = [i for unit in units for i in unit]
         plan += [(epoch, order[i:i + batch_size]) for i in range(0, n, batch_size)]
     return plan[:total]
 

@@ -235,7 +235,8 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
     s = settings.train
     pools = keep.pools_of(train_set.items, per_epoch, s.seed)
     an_epoch = sum(count for _, count in pools)
-    plan = dataset.windows(pools, s.batch_size, epochs_of(s, an_epoch), s.max_steps, s.seed)
+    plan = dataset.windows(pools, s.batch_size, epochs_of(s, an_epoch), s.max_steps, s.seed,
+                           train_set.conversations())
     levers.fuse(model, s)
     if settings.model.shard and parallel.world() > 1:
         print(parallel.shard(model, find_blocks(model)[1], device))
@@ -247,9 +248,12 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
         can_halve=not settings.model.shard)
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""
+    first = [train_set[i] for i in plan[0][1]]
+    laid_out = sum(batch.inputs["input_ids"].numel() for batch in batches(first))
     print(f"train: {len(plan)} steps of {s.batch_size} examples in "
           f"{-(-s.batch_size // batches.size)} micro-batches of {batches.size}, an evaluation "
-          f"every {eval_every} steps{processes}")
+          f"every {eval_every} steps{processes}; step 1 computes {laid_out:,} tokens for the "
+          f"{sum(len(item['input_ids']) for item in first):,} of its examples")
     return plan, batches, eval_every
 
 

@@ -18,6 +18,7 @@ from . import surgery
 
 IGNORE_INDEX = -100
 CHUNK = 2**26                     # bytes of logits that exist at once
+BLOCK = 2**21                     # bytes of them that a CPU's cache holds
 
 
 class Batch(NamedTuple):
@@ -79,28 +80,34 @@ class LabelledCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None,
                 targets: Tensor, with_gradient: bool, taught: Tensor | None = None) -> tuple:
-        size = max(1, CHUNK // (4 * len(weight)))
+        size = max(1, CHUNK // (weight.itemsize * len(weight)))
+        few = max(1, BLOCK // (4 * len(weight))) if hidden.device.type == "cpu" else size
         total, hits, gradient = hidden.new_zeros((), dtype=torch.float32), 0, []
         chunks = hidden.split(size)
         teachers = [None] * len(chunks) if taught is None else taught.split(size)
         for h, target, t in zip(chunks, targets.split(size), teachers, strict=True):
-            z = F.linear(h, weight, bias).float()                            # (size, v)
-            top, at = z.amax(1, keepdim=True), target[:, None]
-            gold = z.gather(1, at)
-            hits += int((gold == top).sum())
-            if t is not None:
-                q = torch.softmax(F.linear(t, weight, bias).float(), 1)
-                gold = (q * z).sum(1, keepdim=True)
-            p = z.sub_(top).exp_()                                           # in z's memory
-            norm = p.sum(1, keepdim=True)
-            total += (norm.log() + top - gold).sum()
+            logits = F.linear(h, weight, bias)                               # (size, v)
+            qs = None if t is None else F.linear(t, weight, bias)
+            for i in range(0, len(h), few):
+                rows, at = logits[i:i + few], target[i:i + few, None]
+                z = rows.float()                                             # (few, v)
+                top, gold = z.amax(1, keepdim=True), z.gather(1, at)
+                hits = hits + (gold == top).sum()
+                if t is not None:
+                    q = torch.softmax(qs[i:i + few].float(), 1)
+                    gold = (q * z).sum(1, keepdim=True)
+                p = z.sub_(top).exp_()                                       # in z's memory
+                norm = p.sum(1, keepdim=True)
+                total += (norm.log() + top - gold).sum()
+                if with_gradient:
+                    p.div_(norm)
+                    p = p.scatter_add_(1, at, -torch.ones_like(norm)) if t is None else p.sub_(q)
+                    rows.copy_(p)                                            # in the logits' memory
             if with_gradient:
-                p.div_(norm)
-                p = p.scatter_add_(1, at, -torch.ones_like(norm)) if t is None else p.sub_(q)
-                gradient.append(p.to(h.dtype) @ weight)
+                gradient.append(logits @ weight)
         ctx.save_for_backward(*gradient)
         ctx.set_materialize_grads(False)
-        return total, hits
+        return total, int(hits)
 
     @staticmethod
     def backward(ctx, d_total: Tensor, _: None) -> tuple:

@@ -310,7 +310,7 @@ def rate() -> None:
 def shared() -> None:
     """Print the mask of two samples that share a prompt; compare sixteen with a padded batch."""
     texts = [[ord(letter) for letter in text] for text in ("stabc.", "std.")]
-    few = flat.flatten([{"input_ids": ids, "labels": ids} for ids in texts]).inputs
+    few = flat.flatten([{"input_ids": ids, "labels": ids} for ids in texts], share=2).inputs
     names, positions = [chr(i) for i in few["input_ids"][0]], few["position_ids"][0].tolist()
     print("query  position  sees " + " ".join(names))
     for name, position, seen in zip(names, positions, visible(few["plan"], 6), strict=True):
@@ -334,11 +334,11 @@ def shared() -> None:
 def visible(plan: flat.Plan, n: int) -> list[list[bool]]:
     """Return for each of n tokens in flat order which of them its query sees."""
     seen = [n * [False] for _ in range(n)]
-    for i, (prefix, grid, real) in enumerate(plan.cells):
+    for i, (path, grid, real) in enumerate(plan.cells):
         mask = plan.mask(i, None, torch.zeros(1))
         for at in real.tolist():
             sample, t = divmod(at, grid.shape[1])
-            keys = [*range(prefix.start, prefix.stop), *grid[sample].tolist()]
+            keys = [row for part in path for row in range(*part)] + grid[sample].tolist()
             for key, hidden in zip(keys, mask[t].tolist(), strict=True):
                 seen[grid[sample, t]][key] |= hidden == 0
     return seen

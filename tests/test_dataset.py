@@ -152,6 +152,21 @@ def test_notes_say_where_the_template_is_not_chatml(tokenizer, base_tokenizer):
     assert "<|im_end|> is 10 tokens" in note and '"plain" suits a base model better' in note
 
 
+def test_a_dialogue_in_samples_costs_little_more_than_the_dialogue():
+    """Eight answers, each a sample, since the template writes a thought in the last one alone."""
+    tokenizer = make_tokenizer(QWEN3)
+    turns = [word * 30 for word in "abcdefghijklmnop"]
+    made = QADataset([example(*turns, system="Be kind."), example("hi", "yo")], tokenizer,
+                     max_length=4096)
+    assert len(made) == 9 and made.conversations() == [0] * 8 + [8]
+    once = len(made[7]["input_ids"])                          # the last sample has all turns
+    for size, bound in ((8, 1.5), (4, 2.0)):                  # two micro-batches share less
+        batches = dataset.micro_batches(made.items[:8], size, 0, layout="shared")
+        laid_out = sum(batch.inputs["input_ids"].numel() for batch in batches)
+        assert once < laid_out <= bound * once
+    assert sum(len(item["input_ids"]) for item in made.items[:8]) > 4 * once
+
+
 def test_a_template_that_rewrites_earlier_turns_is_counted():
     tokenizer = make_tokenizer(QWEN3)
     made = QADataset([example("a", "one", "b", "two", source="q:1"), example("a", "b")], tokenizer)

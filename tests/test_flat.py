@@ -1,7 +1,6 @@
 """lora/fast/flat.py against every sample computed alone: the same loss, gradients and logits."""
 
 import random
-from itertools import combinations
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ import dataset
 from inject import inject
 from lora import loss
 from lora.base import load
-from lora.fast import flat
+from lora.fast import flat, pieces
 from lora.generate import Stop, generate
 from lora.loss import IGNORE_INDEX
 from lora.optim import AdamW
@@ -105,31 +104,36 @@ def test_loss_and_every_gradient_equal_those_of_the_samples_alone(name, p):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("p", [0, 30])
-def test_no_sample_sees_another(name, p):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_no_sample_sees_another(name, p, kernel, monkeypatch):
+    monkeypatch.setattr(pieces, "fits", lambda *_: kernel)
     model, items = adapted(name), samples(p)
     flat.enable(model, load.use_attention)
-    changed = [dict(one) for one in items]
-    changed[0] = item([*items[0]["input_ids"][:p + 2], 5, *items[0]["input_ids"][p + 3:]],
-                      [(p + 3, p + 7), (p + 20, p + 29)])
+    changed, ids = [dict(one) for one in items], items[4]["input_ids"]
+    changed[4] = item([*ids[:p + 2], 5, *ids[p + 3:]],
+                      [(max(1, p // 2), max(2, p // 2 + 3)), (p + 18, p + 20)])
     one, other = flat.flatten(items), flat.flatten(changed)
     before, after = loss.logits_at(model, one), loss.logits_at(model, other)
     differs = (before != after).any(1)
-    assert differs.sum() == 13                            # all that sample 0 predicts, no other bit
+    assert differs.sum() == 2                             # all that sample 4 predicts, no other bit
     assert one.rows.tolist() == other.rows.tolist()
 
 
-def test_the_grid_of_the_docstring():
+def test_the_tree_of_the_docstring():
     s, t, a, b, c, d = range(3, 9)
-    batch = flat.flatten([item([s, t, a, b, c, 9], [(5, 6)]), item([s, t, d, 9], [(3, 4)])])
-    assert batch.inputs["input_ids"].tolist() == [[s, t, d, a, b, c]]         # the shorter first
+    items = [item([s, t, a, b, c, 9], [(5, 6)]), item([s, t, d, 9], [(3, 4)])]
+    batch = flat.flatten(items, share=2)
+    assert batch.inputs["input_ids"].tolist() == [[s, t, d, a, b, c]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3, 4]]
-    prefix, own = batch.inputs["plan"].cells
-    assert prefix.grid.tolist() == [[0, 1]] and own.prefix == slice(0, 2)
-    assert own.grid.tolist() == [[2, 2, 2], [3, 4, 5]] and own.real.tolist() == [0, 3, 4, 5]
-    mask = batch.inputs["plan"].mask(1, None, torch.zeros(1))
+    plan = batch.inputs["plan"]
+    assert plan.chains == [(0, 3, ()), (3, 6, ((0, 2),))]
+    assert plan.calls == [(slice(0, 3), slice(0, 3), True), (slice(3, 6), slice(3, 6), True),
+                          (slice(3, 6), slice(0, 2), False)]
+    assert [cell.grid.tolist() for cell in plan.cells] == [[[0, 1, 2]], [[3, 4, 5]]]
+    mask = plan.mask(1, None, torch.zeros(1))
     assert (mask == 0).tolist() == [[True, True, True, False, False],
                                     [True, True, True, True, False], [True] * 5]
-    assert batch.rows.tolist() == [2, 5] and batch.targets.tolist() == [9, 9]
+    assert batch.rows.tolist() == [5, 2] and batch.targets.tolist() == [9, 9]
 
 
 def test_tokens_without_a_label_after_them_are_left_out():
@@ -150,32 +154,85 @@ def test_several_prompts_make_several_groups():
     assert_same_step(step(model, [batch]), alone)
 
 
-def all_groupings(order):
-    for n in range(len(order)):
-        for cuts in combinations(range(1, len(order)), n):
-            yield [order[a:b] for a, b in zip((0, *cuts), (*cuts, len(order)), strict=True)]
+def tree_of(rng, size=12, longest=50):
+    """Samples that leave one another anywhere: each begins as a part of an earlier one."""
+    made = []
+    for _ in range(size):
+        start = rng.choice(made)["input_ids"] if made and rng.random() < 0.85 else []
+        start = start[:rng.randrange(len(start) + 1)]
+        ids = start + [rng.randrange(3, 270) for _ in range(rng.randrange(2, longest))]
+        spans = [(at, at + rng.randrange(1, 5)) for at in rng.sample(range(1, len(ids)), 1)]
+        made.append(item(ids, spans))
+    return made
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_groups_save_as_much_as_the_best_of_all_groupings(seed):
-    rng = random.Random(seed)
-    texts = [[rng.randrange(2) for _ in range(rng.randrange(1, 60))] for _ in range(6)]
-    texts += [texts[0][:20] + [rng.randrange(2) for _ in range(20)] for _ in range(2)]
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3, window 8"])
+@pytest.mark.parametrize("share", [1, 5, flat.SHORTEST])
+def test_random_trees_equal_the_samples_alone(name, share, kernel, monkeypatch):
+    """Loss and all gradients, and each token is seen by those that come after it in a sample."""
+    monkeypatch.setattr(pieces, "fits", lambda *_: kernel)
+    model = adapted(name)
+    flat.enable(model, load.use_attention)
+    for seed in range(4):
+        items = tree_of(random.Random(seed))
+        batch = flat.flatten(items, share=share)
+        plan = batch.inputs["plan"]
+        ids, depth = (batch.inputs[key][0].tolist() for key in ("input_ids", "position_ids"))
+        texts = set()
+        for start, stop, path in plan.chains:
+            rows = [row for part in path for row in range(*part)] + [*range(start, stop)]
+            assert [depth[row] for row in rows] == [*range(len(rows))]
+            texts.add(tuple(ids[row] for row in rows))
+        for one in items:                                 # every sample is one, or begins one
+            wanted = tuple(one["input_ids"][:max(
+                t for t, y in enumerate(one["labels"]) if y != IGNORE_INDEX)])
+            assert any(text[:len(wanted)] == wanted for text in texts)
+        alone = step(model, [dataset.collate([one], 0) for one in items], lean=False)
+        assert_same_gradients(step(model, [batch]), alone)
 
-    def cost(groups):
-        total = 0
-        for group in groups:
-            p = len(flat.commonprefix([texts[i] for i in group])) if len(group) > 1 else 0
-            p = min(p, min(len(texts[i]) for i in group) - 1)
-            total += flat.GROUP_COST - (len(group) - 1) * p
-        return total
-    found = flat.groups(texts)
-    assert sorted(i for _, group in found for i in group) == list(range(8))
-    for p, group in found:
-        assert len({tuple(texts[i][:p]) for i in group}) == 1
-        assert all(len(texts[i]) > p for i in group)
-    order = sorted(range(8), key=lambda i: texts[i])
-    assert cost([group for _, group in found]) == min(map(cost, all_groupings(order)))
+
+def test_with_share_1_every_beginning_is_computed_once():
+    items = tree_of(random.Random(7), size=40)
+    beginnings = {tuple(one["input_ids"][:n]) for one in items for n in range(1, 1 + max(
+        t for t, y in enumerate(one["labels"]) if y != IGNORE_INDEX))}
+    assert flat.flatten(items, share=1).inputs["input_ids"].numel() == len(beginnings)
+    few = flat.flatten(items).inputs["input_ids"].numel()
+    none = flat.flatten(items, share=0).inputs["input_ids"].numel()
+    assert len(beginnings) < few < none
+
+
+def test_a_call_reads_a_path_for_all_chains_below_it():
+    system, talk = [*range(3, 43)], [*range(50, 90)]
+    answers = [system + talk + [100 + i] * 20 for i in range(4)]
+    batch = flat.flatten([item(ids, [(85, 100)]) for ids in answers])
+    assert batch.inputs["input_ids"].numel() == 80 + 4 * 19
+    assert [call for call in batch.inputs["plan"].calls if not call[2]] == [
+        (slice(99, 99 + 3 * 19), slice(0, 80), False)]
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5),
+                                          (torch.bfloat16, 0.02)])
+def test_pieces_are_attention(dtype, bound):
+    """Out and gradients are those of one softmax over a path of two parts and the own tokens."""
+    torch.manual_seed(0)
+    chains = [(0, 40, ()), (40, 70, ((0, 20),)), (70, 95, ((0, 20), (40, 60)))]
+    q, k, v = (torch.randn(1, heads, 95, 8, dtype=torch.float64, requires_grad=True)
+               for heads in (4, 2, 2))
+    hidden = torch.ones(95, 95, dtype=torch.bool)
+    for start, stop, path in chains:
+        for part in path:
+            hidden[start:stop, slice(*part)] = False
+        hidden[start:stop, start:stop] = torch.ones(stop - start, stop - start).triu(1) > 0
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=~hidden, enable_gqa=True).transpose(1, 2)
+    dy = torch.randn_like(wanted)
+    wanted = wanted, *torch.autograd.grad(wanted, (q, k, v), dy)
+    given = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    out = pieces.Attention.apply(*given, pieces.calls(chains), None)
+    for one, other in zip((out, *torch.autograd.grad(out, given, dy.to(dtype))), wanted,
+                          strict=True):
+        assert one.dtype == dtype and (one - other).norm() <= bound * other.norm()
 
 
 def test_a_model_that_cannot_says_why_and_works_as_before():
@@ -272,11 +329,12 @@ def test_a_model_is_refused_for_its_structure(name, why):
 @pytest.mark.parametrize("dtype, n", [(torch.float32, 1), (torch.bfloat16, 5)])
 def test_wrong_attention_is_noticed_in_any_dtype(monkeypatch, dtype, n):
     """The bound is the model's own rounding, in its own dtype."""
+    monkeypatch.setattr(pieces, "fits", lambda *_: False)
     real = flat.Plan.mask
 
     def leaky(self, i, window, like):
         mask = real(self, i, window, like).clone()
-        if self.cells[i].prefix.stop > self.cells[i].prefix.start:
+        if self.cells[i].path:
             mask[:, :n] = -torch.inf                          # n of the shared tokens are not seen
         return mask
     model = adapted("llama").to(dtype)

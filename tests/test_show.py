@@ -155,7 +155,7 @@ def test_the_mask_that_is_printed_is_the_plans_own():
     """By another way: a token sees itself and the tokens before it in its sample."""
     items = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4, 9], [1, 2, 5, 9],
                                                            [1, 2, 6, 7, 8, 9])]
-    inputs = show.flat.flatten(items).inputs
+    inputs = show.flat.flatten(items, share=2).inputs
     ids = inputs["input_ids"][0].tolist()
     seen = show.visible(inputs["plan"], len(ids))
     for query, row in zip(ids, seen, strict=True):

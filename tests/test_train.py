@@ -251,6 +251,19 @@ def test_windows_take_their_share_of_a_pool_and_go_on_where_they_stopped():
     assert [d[4:] for d in drawn] == [[10, 11], [12, 13], [10, 14], [11, 12]]
 
 
+def test_windows_keep_the_samples_of_a_conversation_together():
+    of = [0, 0, 0, 3, 4, 4, 6, 7, 7, 7]
+    plan = dataset.windows([(list(range(10)), 10)], 10, 3, None, 0, of)
+    for _, rows in plan:
+        assert sorted(rows) == list(range(10))
+        for first in {*of}:
+            at = [rows.index(i) for i in range(10) if of[i] == first]
+            assert at == [*range(at[0], at[0] + len(at))]
+    assert len({tuple(rows) for _, rows in plan}) == 3
+    alone = dataset.windows([(list(range(10)), 10)], 4, 2, None, 0, list(range(10)))
+    assert alone == dataset.windows([(list(range(10)), 10)], 4, 2, None, 0)
+
+
 def test_the_default_config_is_valid():
     assert config.load(ROOT / "config.json").train.run == "demo"
 

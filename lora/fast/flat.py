@@ -1,24 +1,25 @@
 """
-The fast path: no padding, and a prompt that samples share is computed once. The same loss.
+The fast path: no padding, and what samples begin with in common is computed once. The same loss.
 
 Two samples, "s t a b c" and "s t d", begin with the same tokens s t. A hidden state of a causal
 model depends on the tokens before it alone, so s and t are the same in both. Flat, T = 6 tokens:
 
-    token    s t a b c d            keys  s t a b c d       the grid: a row of queries a sample,
-    depth    0 1 2 3 4 2      query s     x                 over [the prefix ; its own tokens]
-                                    t     x x
-    position is depth:              a     x x x             a b c    over  s t | a b c
-    d follows t, not c              b     x x x x           d . .    over  s t | d . .
-                                    c     x x x x x         one mask for all rows: causal
-                                    d     x x       x       by depth; no query reads a pad
+    token    s t d a b c            keys  s t d a b c       a chain: the tokens of a sample that no
+    depth    0 1 2 2 3 4      query s     x                 other has laid out before. Its path: the
+                                    t     x x               rows of the tokens before it.
+    position is depth:              d     x x x
+    a follows t, not d              a     x x   x           chain 0  rows 0-2  path: none
+                                    b     x x   x x         chain 1  rows 3-5  path: rows 0-1
+                                    c     x x   x x x
 
 Norms, projections, MLP and head work token by token and see (1, T, d). Only attention looks
-across tokens: the prefix attends to itself, then every sample to prefix and itself. Autograd adds
-up what the samples send back to the prefix. So loss and gradients are those of the padded batch
-(b (P + S) tokens) from P + b S tokens; arXiv:2506.05433 section 3 has the proof.
+across tokens: a chain attends to its path and to itself. Autograd adds up what the chains send back
+to a path. So loss and gradients are those of the padded batch; arXiv:2506.05433 section 3 has the
+proof for one common beginning, and every fork of a tree is one.
 
-Several prompts in one batch make several such groups; none at all (P = 0) is plain padding-free
-training. With dropout nothing is shared: one mask on a shared token would tie its samples together.
+Beginnings make a tree: a system prompt, below it conversations, below them their answers. Sorted,
+a sample's neighbour has most in common with it. With dropout nothing is shared: one mask on a
+shared token would tie its samples together.
 """
 
 import math
@@ -33,31 +34,55 @@ import torch.nn.functional as F
 from ..generate import traits
 from ..loss import IGNORE_INDEX, Batch, logits_at
 from ..surgery import find_blocks, text_ids
+from . import pieces
 
-GROUP_COST = 16                   # in tokens: a group's own attention calls
+SHORTEST = 16                     # fewer tokens in common are not worth calls of their own
 ROUNDINGS = 2                     # logits may differ by this many roundings of the embeddings
+
+Path = tuple[tuple[int, int], ...]        # rows [start, stop) before a chain, in order
 
 
 class Cell(NamedTuple):
-    """Samples of similar length that attend in one call."""
+    """Chains with one path, of similar length: they attend in one call."""
 
-    prefix: slice                 # rows of the shared prefix, P of them; may be empty
-    grid: torch.Tensor            # (b, s) rows of own tokens, a sample a line; pads repeat one
-    real: torch.Tensor            # (n,) which of grid.flatten() are no pads: rows in flat order
+    path: Path                    # P rows in all; may be empty
+    grid: torch.Tensor            # (b, s) rows of own tokens, a chain a line; pads repeat one
+    real: torch.Tensor            # (n,) which of grid.flatten() are no pads
 
 
 class Plan:
-    """Which rows attend to which, for attend(). Its masks are built once a batch."""
+    """Which rows attend to which, for attend(). chains: (first row, stop, path) of each, in the
+    order of their rows. Cells and masks are built once a batch, where they are used."""
 
-    def __init__(self, cells: list[Cell]):
-        self.cells, self.masks = cells, {}
+    def __init__(self, chains: list[tuple[int, int, Path]], device) -> None:
+        self.chains, self.masks, self.device = chains, {}, device
+        self.depth = max(stop - start + _size(path) for start, stop, path in chains)
+        self.calls = pieces.calls(chains)
+        self._cells = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The chains in cells: of one path at most four, by length, so that few rows are pads."""
+        if self._cells is None:
+            self._cells, groups = [], {}
+            for chain in self.chains:
+                groups.setdefault(chain[2], []).append(chain)
+            for path, group in groups.items():
+                group = sorted(group, key=lambda chain: chain[1] - chain[0])
+                n = min(4, math.ceil(len(group) / 4))
+                for c in range(n):
+                    part = group[c * len(group) // n:(c + 1) * len(group) // n]
+                    self._cells.append(_cell(path, part, self.device))
+            laid = torch.cat([grid.flatten()[real] for _, grid, real in self._cells])
+            self.order = laid.argsort()                       # of the cells' rows, to flat order
+        return self._cells
 
     def mask(self, i: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """Build the additive (s, P + s) mask of cell i, in the dtype of like: a query sees keys no
         deeper than itself, and within the window."""
         if (i, window) not in self.masks:
-            prefix, grid, _ = self.cells[i]
-            p, s = prefix.stop - prefix.start, grid.shape[1]
+            path, grid, _ = self.cells[i]
+            p, s = _size(path), grid.shape[1]
             query = torch.arange(p, p + s, device=like.device)[:, None]
             key = torch.arange(p + s, device=like.device)
             hidden = key > query
@@ -68,66 +93,68 @@ class Plan:
         return self.masks[i, window]
 
 
-def flatten(items: list[dict], device="cpu", share: bool = True) -> Batch:
+def flatten(items: list[dict], device="cpu", share: int = SHORTEST) -> Batch:
     """Lay items with input_ids and labels, lists of numbers, out as one flat Batch. What comes
-    after a sample's last label is left out: it has no loss. share=False: no common prefixes.
+    after a sample's last label is left out: it has no loss. share: how many tokens samples must
+    have in common to share them; 0: none does.
 
     >>> batch = flatten([{"input_ids": [3, 4, 5, 6, 9], "labels": [-100, -100, -100, -100, 9]},
-    ...                  {"input_ids": [3, 4, 7, 9], "labels": [-100, -100, -100, 9]}])
+    ...                  {"input_ids": [3, 4, 7, 9], "labels": [-100, -100, -100, 9]}], share=2)
     >>> [batch.inputs[name].tolist() for name in ("input_ids", "position_ids")]
     [[[3, 4, 7, 5, 6]], [[0, 1, 2, 2, 3]]]
-    >>> batch.rows.tolist(), batch.targets.tolist()    # 9 is predicted at 7 and at 6
-    ([2, 4], [9, 9])
+    >>> batch.rows.tolist(), batch.targets.tolist()    # 9 is predicted at 6 and at 7
+    ([4, 2], [9, 9])
     """
     samples = []
     for item in items:
         last = max(t for t, label in enumerate(item["labels"]) if label != IGNORE_INDEX)
         samples.append(list(item["input_ids"][:last]))
-    ids, depth, rows, targets, cells = [], [], [], [], []
-    for p, group in groups(samples) if share else [(0, range(len(items)))]:
-        start = len(ids)
-        if p:
-            ids, depth = ids + samples[group[0]][:p], depth + [*range(p)]
-            cells.append(_cell(slice(0, 0), start, [p], device))
-        prefix, group = slice(start, start + p), sorted(group, key=lambda i: (len(samples[i]), i))
-        n_cells = min(4, math.ceil(len(group) / 4))           # similar lengths: few pads
-        for c in range(n_cells):
-            part = group[c * len(group) // n_cells:(c + 1) * len(group) // n_cells]
-            cells.append(_cell(prefix, len(ids), [len(samples[i]) - p for i in part], device))
-            for i in part:
-                own = len(ids) - p                            # depth t is row own + t, from p on
-                for t, label in enumerate(items[i]["labels"][1:]):
-                    if label != IGNORE_INDEX:
-                        rows.append(own + t if t >= p else start + t)
-                        targets.append(label)
-                ids, depth = ids + samples[i][p:], depth + [*range(p, len(samples[i]))]
+    ids, depth, chains, rows_of = [], [], [], {}
+    for i, (p, path) in _tree(samples, share).items():
+        start, n = len(ids), len(samples[i])
+        if n > p:
+            chains.append((start, start + n - p, path))
+        ids, depth = ids + samples[i][p:], depth + [*range(p, n)]
+        shared = [row for piece in path for row in range(*piece)]
+        rows_of[i] = [*shared, *range(start, start + n - p)]
+    rows, targets = [], []
+    for i, item in enumerate(items):
+        for t, label in enumerate(item["labels"][1:]):
+            if label != IGNORE_INDEX:
+                rows.append(rows_of[i][t])
+                targets.append(label)
     ids, depth, rows, targets = (torch.tensor(x, device=device)
                                  for x in ([ids], [depth], rows, targets))
     no_mask = torch.zeros(1, 1, 1, 1, device=device)          # 4-D: the model builds none itself
     return Batch({"input_ids": ids, "position_ids": depth, "attention_mask": no_mask,
-                  "plan": Plan(cells)}, rows, targets)
+                  "plan": Plan(chains, device)}, rows, targets)
 
 
-def groups(samples: list[list[int]]) -> list[tuple[int, list[int]]]:
-    """Return [(p, indices)]: samples that share their first p tokens, p < the length of each. The
-    groups are the best cuts of the sorted samples, by dynamic programming over tokens saved."""
-    order = sorted(range(len(samples)), key=lambda i: samples[i])
-    common = [min(len(commonprefix([samples[a], samples[b]])), len(samples[a]) - 1)
-              for a, b in pairwise(order)]                    # sorted: a is the shorter if equal
-    best = [(0, 0, 0)]                                        # of the first j: (saved, cut, p)
-    for j in range(1, len(order) + 1):
-        options, p = [(best[j - 1][0], j - 1, 0)], math.inf
-        for i in range(j - 2, -1, -1):
-            p = min(p, common[i])
-            options.append((best[i][0] + (j - i - 1) * p, i, p))
-        saved, cut, p = max(options)
-        best.append((saved - GROUP_COST, cut, p))
-    parts, j = [], len(order)
-    while j:
-        _, cut, p = best[j]
-        parts.append((p, order[cut:j]))
-        j = cut
-    return parts[::-1]
+def _tree(samples, share):
+    """Return {sample: (tokens that are laid out already, their path)}, in the order to lay out.
+    From the last sample to the first, sorted, so that a sample comes after those it begins."""
+    order, found = range(len(samples)), {}
+    if share:
+        order = sorted(order, key=lambda i: samples[i], reverse=True)
+    common = [0, *(len(commonprefix([samples[a], samples[b]])) if share else 0
+                   for a, b in pairwise(order))]
+    for i in range(len(order) - 2, 0, -1):                    # forks that are close become one
+        if common[i + 1] < common[i] < min(common[i + 1] + share, len(samples[order[i]])):
+            common[i] = common[i + 1]
+    above, row = [], 0                                        # (depth, first row, path) of chains
+    for i, p in zip(order, common, strict=True):
+        while above and above[-1][0] >= p:
+            above.pop()
+        whole = p == len(samples[i])                          # nothing of its own
+        while above and p - above[-1][0] < share and not whole:
+            p = above.pop()[0]                                # as far as the chain above it goes
+        depth, start, path = above[-1] if above else (0, row, ())
+        path += ((start, start + p - depth),) if p else ()
+        found[i] = p, path
+        if not whole:
+            above.append((p, row, path))
+            row += len(samples[i]) - p
+    return found
 
 
 def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, *,
@@ -137,20 +164,24 @@ def attend(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     value (1, kv heads, T, d) -> (1, T, heads, d), None."""
     if softcap is not None:
         raise ValueError("attention with a softcap")
+    sees_all = not dropout and plan.depth <= (sliding_window or math.inf)
+    if sees_all and pieces.fits(query, key, value):
+        return pieces.Attention.apply(query, key, value, plan.calls, scaling), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))             # (T, heads, d)
     out = []
-    for i, (prefix, grid, real) in enumerate(plan.cells):
+    for i, (path, grid, real) in enumerate(plan.cells):
         b, s = grid.shape
         qs, ks, vs = (x.index_select(0, grid.view(-1)).view(b, s, *x.shape[1:])
                       for x in (q, k, v))                                     # (b, s, heads, d)
-        if prefix.stop > prefix.start:
-            ks, vs = (torch.cat([x[prefix].expand(b, *x[prefix].shape), own], 1)
+        if path:
+            ks, vs = (torch.cat([*(x[start:stop].expand(b, -1, *x.shape[1:])
+                                   for start, stop in path), own], 1)
                       for x, own in ((k, ks), (v, vs)))                       # (b, P + s, ...)
         rows = F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (qs, ks, vs)), scale=scaling, dropout_p=dropout,
             attn_mask=plan.mask(i, sliding_window, q), enable_gqa=k.shape[1] != q.shape[1])
         out.append(rows.transpose(1, 2).flatten(0, 1).index_select(0, real))  # (n, heads, d)
-    return torch.cat(out)[None], None
+    return torch.cat(out).index_select(0, plan.order)[None], None
 
 
 class Unsupported(ValueError):
@@ -250,11 +281,15 @@ def drops(model) -> bool:
         isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
 
 
-def _cell(prefix, start, lengths, device):
-    """Build the Cell of samples whose own tokens are the rows from start on."""
-    s, grid, real = max(lengths), [], []
-    for line, n in enumerate(lengths):
-        grid.append([*range(start, start + n)] + [start] * (s - n))
-        real += range(line * s, line * s + n)
-        start += n
-    return Cell(prefix, torch.tensor(grid, device=device), torch.tensor(real, device=device))
+def _size(path):
+    """How many rows a path has."""
+    return sum(stop - start for start, stop in path)
+
+
+def _cell(path, chains, device):
+    """Build the Cell of some chains with this path."""
+    s, grid, real = max(stop - start for start, stop, _ in chains), [], []
+    for line, (start, stop, _) in enumerate(chains):
+        grid.append([*range(start, stop)] + [start] * (s - stop + start))
+        real += range(line * s, line * s + stop - start)
+    return Cell(path, torch.tensor(grid, device=device), torch.tensor(real, device=device))
