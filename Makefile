@@ -8,6 +8,7 @@
 #   make experiment  facts into a chat and a base model, the failed recipe, a placebo, ours in short: 37 minutes
 #   make test     lint, unit tests, parity with PEFT, one short run on the real model
 #   make bench    training speed against TRL and PEFT, about 10 minutes; bench-full: hours
+#   make bench-peers  against litgpt and LLaMA-Factory, each in an environment of its own
 PYTHON ?= python3
 PY := .venv/bin/python
 VLLM := .venv-vllm/bin/python
@@ -15,9 +16,10 @@ RUN ?= runs/demo
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 -m
 BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-{d}-4x4-lengthgrouped,trl-{d}-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
+PEERS := litgpt-{d}-4x4-lengthgrouped,llamafactory-{d}-4x4-lengthgrouped,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
-.PHONY: setup train persona friends studio identity study experiment test slow serve-env vllm-env lint plots doctor bench bench-full lines clean
+.PHONY: setup train persona friends studio identity study experiment test slow serve-env vllm-env lint plots doctor bench bench-peers bench-full lines clean
 
 setup: .venv/dev.done
 
@@ -77,6 +79,9 @@ doctor: .venv/run.done
 bench: .venv/bench.done
 	$(BENCH) $(ARGS)
 
+bench-peers: .venv/run.done .venv-litgpt/done .venv-llamafactory/done
+	$(BENCH) --arms $(PEERS) $(ARGS)
+
 bench-full: .venv/bench.done
 	$(BENCH) --reps 1 --arms trl-grid,ours --out benchmarks/results/grid.json
 	for p in 0 30 100 300; do $(BENCH) --steps 2 --prefix $$p --arms $(ARMS),$(OFF) \
@@ -124,6 +129,21 @@ clean:
 	    made.mkdir(exist_ok=True); (made / "METADATA").write_text( \
 	    "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
 	.venv-vllm/bin/vllm --version
+	@touch $@
+
+# torch first, by its pin: else a peer's requirements may choose another build of it
+.venv-litgpt/done: requirements-litgpt.txt
+	$(PYTHON) -m venv .venv-litgpt
+	.venv-litgpt/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-litgpt/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv-llamafactory/done: requirements-llamafactory.txt
+	$(PYTHON) -m venv .venv-llamafactory
+	.venv-llamafactory/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-llamafactory/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-llamafactory/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps llamafactory==0.9.5
 	@touch $@
 
 .venv/dev.done: requirements-dev.txt requirements-quant.txt requirements-studio.txt .venv/run.done

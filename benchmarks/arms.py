@@ -2,13 +2,12 @@
 Run one arm of train_speed.py: one trainer on the common work, in a process of its own.
 
     python -m benchmarks.arms peft-loop '{"model": "smollm2-135m-instruct", "prefix": 100,
-        "batch": 16, "steps": 3, "dtype": "auto", "device": "auto"}'
+        "turns": 0, "batch": 16, "steps": 3, "dtype": "auto", "device": "auto"}'
 
-The last line printed is the result as JSON. The arm "machine" measures no trainer: it describes the
-machine and the work that every arm must receive.
+The last line printed is the result as JSON. Two arms measure no trainer: "machine" describes the
+machine and the work that every arm must receive; "work" prints that work for benchmarks/peers.py.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -17,10 +16,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import dataset
+from benchmarks import common
 from inject import inject
 from lora import config, loss, surgery
 from lora.base import fetch, load
@@ -50,9 +51,13 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 # ----- the same work for everybody ---------------------------------------------------------------
 
 
-def make_samples(tokenizer, prefix: int, n: int) -> list[dict]:
-    """Make n samples: prefix tokens that all share, then 20 to 180 of their own (log-normal, mean
-    near 66), the last 45 % of them labelled: slices of English text, the same in every process."""
+def make_samples(tokenizer, prefix: int, n: int, turns: int = 0) -> list[dict]:
+    """Make n samples of English text, the same in every process. Each has prefix tokens that all
+    share, then 20 to 180 of its own (log-normal, mean near 66), the last 45 % of them labelled.
+
+    With turns, what follows the prefix is a dialogue of so many pieces of that size, and each of
+    its answers is a sample: all pieces up to that answer, of which the last 45 % are labelled.
+    """
     rng = random.Random(SEED)
     sentences = [f"{question} {fact.answer.format(fact.value)}"
                  for fact in data.FACTS for question in fact.questions]
@@ -65,62 +70,37 @@ def make_samples(tokenizer, prefix: int, n: int) -> list[dict]:
 
     shared, samples = piece(prefix), []
     for i in range(n):
+        if not turns or i % turns == 0:
+            before = shared
         length = round(rng.lognormvariate(math.log(66) - 0.5**2 / 2, 0.5))
-        ids = shared + piece(min(180, max(20, length)))
-        silent = len(ids) - round(0.45 * (len(ids) - prefix))
+        ids = before + piece(min(180, max(20, length)))
+        silent = len(ids) - round(0.45 * (len(ids) - len(before)))
         samples.append({"input_ids": ids, "source": f"sample {i}",
                         "labels": [loss.IGNORE_INDEX] * silent + ids[silent:]})
+        before = ids
     return samples
 
 
 def same_start(model: torch.nn.Module) -> str:
     """Fill every A from one seed, as nn.Linear starts. Returns a hash of all A."""
-    generator, sha = torch.Generator().manual_seed(SEED), hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            uniform = torch.rand(parameter.shape, generator=generator)
-            parameter.data.copy_((2 * uniform - 1) / parameter.shape[1]**0.5)
-            sha.update(parameter.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return common.fill_a((parameter.data for name, parameter in model.named_parameters()
+                          if "lora_A" in name), SEED)
 
 
-def step_hash(rows: Iterable[tuple]) -> str:
-    """Hash a step's (ids, labels) in any order."""
-    return runlog.digest(sorted([list(ids), list(labels)] for ids, labels in rows))
-
-
-def received(batches: list[dict]) -> list[tuple]:
-    """List the (ids, labels) of the samples that a model got in a step: pads are removed, a
-    padding-free row is split again."""
-    rows = []
-    for batch in batches:
-        ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-        if batch.get("attention_mask") is None:
-            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
-            pairs = zip(ids[0].tensor_split(starts), labels[0].tensor_split(starts), strict=True)
-        else:
-            mask = batch["attention_mask"].cpu().bool()
-            pairs = ((i[m], y[m]) for i, y, m in zip(ids, labels, mask, strict=True))
-        rows += [(i.tolist(), y.tolist()) for i, y in pairs]
-    return rows
-
-
-def useful_flops(model: torch.nn.Module, steps: list[list[dict]], prefix: int) -> list[int]:
+def useful_flops(model: torch.nn.Module, steps: list[list[dict]]) -> list[int]:
     """Count the useful FLOPs of each step; the formula is at the end of RESULTS.md."""
     body = sum(module.weight.numel() for name, module in model.named_modules()
                if name.rpartition(".")[2] in TARGETS)
     head = model.get_output_embeddings().weight.numel()
-    return [4 * body * (prefix + sum(len(s["input_ids"]) - prefix for s in step))
+    return [4 * body * distinct([s["input_ids"] for s in step])
             + 4 * head * sum(y != loss.IGNORE_INDEX for s in step for y in s["labels"])
             for step in steps]
 
 
-def micro_size(arm: str, batch: int) -> int | None:
-    """Return M of an arm named MxA, else None. ValueError if M A is not the batch."""
-    match = re.search(r"-(\d+)x(\d+)", arm)
-    if match and int(match[1]) * int(match[2]) != batch:
-        raise ValueError(f"{arm}: {match[0][1:]} does not make the {batch} of --batch")
-    return match and int(match[1])
+def distinct(rows: list[list[int]]) -> int:
+    """Count the tokens of rows of ids, one that has the same tokens before it once."""
+    rows = sorted(rows)
+    return sum(len(row) for row in rows) - sum(len(commonprefix(pair)) for pair in pairwise(rows))
 
 
 # ----- the arms: each takes the steps and returns (losses, seconds, received samples, hash of A) --
@@ -133,11 +113,11 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
     from trl import SFTConfig, SFTTrainer
 
     batch, settings = len(steps[0]), {}
-    size = micro_size(arm, batch) or min(8, batch)
+    size = common.micro_size(arm, batch) or min(8, batch)
     if arm != "trl-default":
         settings = {"gradient_checkpointing": "-checkpointing" in arm, "bf16": "-autocast" in arm}
     if "-paddingfree" in arm:
-        settings |= {"padding_free": True, "max_length": None}
+        settings["padding_free"] = True
     if "-lengthgrouped" in arm:
         steps = [sorted(step, key=lambda s: len(s["input_ids"])) for step in steps]
     rows = [{key: s[key] for key in ("input_ids", "labels")} for step in steps for s in step]
@@ -146,7 +126,7 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
             folder, per_device_train_batch_size=size, gradient_accumulation_steps=batch // size,
             max_steps=len(steps), learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=DECAY,
-            max_grad_norm=CLIP, train_sampling_strategy="sequential", seed=SEED,
+            max_grad_norm=CLIP, max_length=None, train_sampling_strategy="sequential", seed=SEED,
             use_cpu=model.device.type == "cpu", report_to="none", save_strategy="no",
             disable_tqdm=True, **settings)
         trainer = SFTTrainer(
@@ -177,7 +157,7 @@ def run_trl(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]
     windows = [slice(i, i + n) for i in range(0, len(losses), n)]
     return ([sum(x.item() for x in losses[w]) for w in windows],
             [end - start for start, end in pairwise(ends)],
-            [received(batches[w]) for w in windows], initial_a)
+            [common.received(batches[w]) for w in windows], initial_a)
 
 
 def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
@@ -185,7 +165,7 @@ def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]
 
     lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora).train()
-    initial_a, size = same_start(model), micro_size(arm, len(steps[0])) or len(steps[0])
+    initial_a, size = same_start(model), common.micro_size(arm, len(steps[0])) or len(steps[0])
     parameters, seen = [p for p in model.parameters() if p.requires_grad], []
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
@@ -207,7 +187,7 @@ def run_peft(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
 
     losses, seconds = clocked(steps, batches_of, ce_of, parameters, optimizer.step)
-    return losses, seconds, [received(batches) for batches in seen], initial_a
+    return losses, seconds, [common.received(batches) for batches in seen], initial_a
 
 
 def run_ours(arm: str, model: torch.nn.Module, tokenizer, steps: list[list[dict]]) -> tuple:
@@ -253,30 +233,36 @@ def clocked(steps: list[list[dict]], batches_of: Callable, ce_of: Callable, para
 # ----- one process -------------------------------------------------------------------------------
 
 
-def work(arm: str, model: str, prefix: int, batch: int, steps: int, dtype: str,
+def work(arm: str, model: str, prefix: int, turns: int, batch: int, steps: int, dtype: str,
          device: str) -> dict:
     """Run one arm and return its result; steps is their number."""
     device, folder = load.pick_device(device), fetch.find(model)
     tokenizer = load.load_tokenizer(folder)
-    samples = make_samples(tokenizer, prefix, batch * steps)
+    samples = make_samples(tokenizer, prefix, batch * steps, turns)
     steps = [samples[i:i + batch] for i in range(0, len(samples), batch)]
     if arm == "machine":
         return {**machine(device), "dtype": short(load.pick_dtype(dtype, device)),
                 "tokens": [sum(len(s["input_ids"]) for s in st) for st in steps],
-                "hashes": [step_hash((s["input_ids"], s["labels"]) for s in st) for st in steps]}
+                "hashes": [common.step_hash((s["input_ids"], s["labels"]) for s in st)
+                           for st in steps]}
+    if arm == "work":
+        flops = useful_flops(load.load_model(folder, device, torch.bfloat16), steps)
+        return {"folder": str(folder), "steps": steps, "flops": flops, "settings": {
+            "r": R, "alpha": ALPHA, "lr": LR, "clip": CLIP, "betas": BETAS, "eps": EPS,
+            "decay": DECAY, "seed": SEED, "targets": TARGETS}}
 
     dtype = load.pick_dtype(dtype, device)
     if arm.startswith("trl-"):
         dtype = torch.bfloat16 if "-bf16" in arm else torch.float32
     computes_in = torch.bfloat16 if arm == "trl-default" or "-autocast" in arm else dtype
     model = load.load_model(folder, device, dtype)
-    flops, loaded = useful_flops(model, steps, prefix), runlog.peak_memory_gib(device)
+    flops, loaded = useful_flops(model, steps), runlog.peak_memory_gib(device)
     run = {"trl": run_trl, "peft": run_peft, "ours": run_ours}[arm.partition("-")[0]]
     losses, seconds, samples, initial_a, *more = run(arm, model, tokenizer, steps)
     return {**dict(*more), "losses": losses, "seconds": seconds,
-            "hashes": [step_hash(rows) for rows in samples], "initial_a": initial_a, "flops": flops,
-            "loaded_gib": loaded, "peak_gib": runlog.peak_memory_gib(device),
-            "dtype": short(computes_in)}
+            "hashes": [common.step_hash(rows) for rows in samples],
+            "initial_a": initial_a, "flops": flops, "loaded_gib": loaded,
+            "peak_gib": runlog.peak_memory_gib(device), "dtype": short(computes_in)}
 
 
 def machine(device: torch.device, n: int = 4096) -> dict:
@@ -303,8 +289,6 @@ def short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    oom_score = Path("/proc/self/oom_score_adj")
-    if oom_score.exists():                             # out of memory: end this process first
-        oom_score.write_text("1000")
+    common.end_first()
     result = work(sys.argv[1], **json.loads(sys.argv[2]))
     print("\n" + json.dumps(result))

@@ -6,6 +6,7 @@ Compare the training speed of this project, a plain transformers + PEFT loop, an
     python -m benchmarks.train_speed --arms trl-grid                  # which TRL settings are best?
     python -m benchmarks.train_speed --model gemma-3-270m --prefix 300 --arms trl-default,ours
     python -m benchmarks.train_speed --steps 60 --reps 1 --out curves.json      # loss curves
+    python -m benchmarks.train_speed --turns 6 --arms ours,litgpt-{d}-1x24     # each answer is one
 
 benchmarks/RESULTS.md says what every arm is, which rules hold, and what the columns mean.
 """
@@ -16,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,8 @@ from tqdm import tqdm
 
 from lora.run import cli
 
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("litgpt", "llamafactory")                     # each in an environment of its own
 WARMUP = 1                                             # steps before the clock counts
 DEFAULT = "trl-{d}-{q}x4-lengthgrouped,trl-{d}-{q}x4-lengthgrouped-fulllogits,peft-loop-{q}x4,ours"
 GRID = ("trl-default,trl-{d}-{b}x1,trl-{d}-{h}x2,trl-{d}-{q}x4,trl-{d}-{h}x2-checkpointing,"
@@ -32,6 +36,8 @@ GRID = ("trl-default,trl-{d}-{b}x1,trl-{d}-{h}x2,trl-{d}-{q}x4,trl-{d}-{h}x2-che
         "trl-{d}-{q}x4-lengthgrouped-fulllogits,trl-{other}-{q}x4,trl-autocast-{b}x1")
 ARM = (r"trl-default|trl-(fp32|bf16|autocast)-\d+x\d+(-paddingfree|-lengthgrouped|-fulllogits"
        r"|-checkpointing)*|peft-loop(-\d+x\d+)?"
+       r"|litgpt-(fp32|bf16|autocast)-\d+x\d+(-head\d+|-lengthgrouped)*"
+       r"|llamafactory-(fp32|bf16|autocast)-\d+x\d+(-lengthgrouped|-checkpointing)*"
        r"|ours(-no-prefix|-padded|-no-lean-head|-no-fused-lora|-no-fused-leaves|-plain|-checkpointing)?")
 
 
@@ -41,13 +47,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--arms", default=DEFAULT, help="names with commas; trl-grid for GRID; {d} "
                         "stands for fp32, or for bf16 where --dtype is bfloat16")
     for name, value, meaning in (("prefix", 100, "tokens that all samples share"),
-                                 ("batch", 16, "samples per step"), ("steps", 1, "timed steps"),
-                                 ("reps", 3, "processes per arm")):
+                                 ("turns", 0, "of a dialogue, each answer a sample; or 0"),
+                                 ("batch", None, "samples per step: 16, or 4 dialogues"),
+                                 ("steps", 1, "timed steps"), ("reps", 3, "processes per arm")):
         parser.add_argument(f"--{name}", type=int, default=value, help=meaning)
     parser.add_argument("--dtype", default="auto", help="of peft-loop and ours")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     parser.add_argument("--out", help="a file for the JSON line, too")
     options = parser.parse_args(argv)
+    options.batch = options.batch or 4 * options.turns or 16
+    if options.turns and options.batch % options.turns:
+        parser.error(f"--batch {options.batch} splits a dialogue of {options.turns} --turns")
     host = run("machine", options)
     if "error" in host:
         parser.error(host["error"])
@@ -59,6 +69,16 @@ def main(argv: list[str]) -> None:
     unknown = [name for name in names if not re.fullmatch(ARM, name)]
     if unknown:
         parser.error(f"unknown arms {unknown}; benchmarks/RESULTS.md lists them")
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        if any(name.startswith(PEERS) for name in names):
+            json.dump(run("work", options), file)
+            file.flush()
+        options.work = file.name
+        measure(names, host, options)
+
+
+def measure(names: list[str], host: dict, options: argparse.Namespace) -> None:
+    """Run the arms in turns; prints the table, the ratios and the JSON line."""
     print(json.dumps({k: v for k, v in host.items() if k not in ("hashes", "tokens")}, indent=2))
     runs = {name: [] for name in names}
     bar = tqdm([name for _ in range(options.reps) for name in runs], unit="run", dynamic_ncols=True)
@@ -74,7 +94,7 @@ def main(argv: list[str]) -> None:
     if "ours" in speed:
         for name in speed:
             print(f"{speed['ours'] / speed[name]:6.2f} times {name}")
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "work")}
     line = json.dumps({**settings, "machine": host, "results": arms})
     if options.out:
         Path(options.out).write_text(line + "\n", encoding="utf-8")
@@ -83,18 +103,29 @@ def main(argv: list[str]) -> None:
 
 def run(name: str, options: argparse.Namespace) -> dict:
     """Run an arm once in a process of its own; returns its result, or {"error": why}."""
-    work = {key: getattr(options, key) for key in ("model", "prefix", "batch", "dtype", "device")}
+    work = {key: getattr(options, key) for key in (
+        "model", "prefix", "turns", "batch", "dtype", "device")}
     work["steps"] = WARMUP + options.steps
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "0"}
+    command = [sys.executable, "-m", "benchmarks.arms", name, json.dumps(work)]
+    if name.startswith(PEERS):
+        command = [python_of(name.partition("-")[0]), "-m", "benchmarks.peers", name, options.work]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "benchmarks.arms", name, json.dumps(work)],
-                          capture_output=True, text=True, env=os.environ | quiet)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
+    except OSError as error:
+        return {"error": f"{error}; make bench-peers makes it"}
     if done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode} (9: no memory was left)"}
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
     return {**json.loads(done.stdout.splitlines()[-1]),
             "process_seconds": time.perf_counter() - start}
+
+
+def python_of(peer: str) -> str:
+    """Return a peer's Python: .venv-PEER/bin/python, or what PEER_PYTHON names (LITGPT_PYTHON)."""
+    return os.environ.get(f"{peer.upper()}_PYTHON", str(ROOT / f".venv-{peer}" / "bin" / "python"))
 
 
 def summary(results: list[dict], host: dict, options: argparse.Namespace) -> dict:
