@@ -132,46 +132,47 @@ class Exam:
         self.sharded = settings.model.shard
         self.facts = held_out_facts(val_set)
         self.prompts = sample_prompts(settings, val_set or train_set)
-        self.said = []                                # the answers of the last call
+        self.said = self.samples = []                 # the answers of the last call
         self.known, self.own_answers = self._what_the_base_knows(retained)
 
     def __call__(self, step: int) -> dict:
         """A line of metrics. said receives the answers: {"question", "answer"}, of the held-out
-        facts also {"value", "right"}. Several processes share the facts; said has this one's."""
-        line, self.said = {"step": step}, []
+        facts also {"value", "right"}. Several processes share the facts; said has this one's.
+        samples receives the answers to prompts."""
+        line = {"step": step}
         if self.val_set:
             ce, hits, n = self._total(loss.evaluate(
                 self.voice.model, self.batches(self._share(self.val_set.items)),
                 self.batches.lean))
             line["val_loss"], line["val_accuracy"] = ce / n, hits / n
+        marks = self.right(self.facts, self.prompts)
         if self.facts:
-            line["recall"] = sum(self.right(self.facts, self.said)) / len(self.facts)
+            line["recall"] = sum(marks) / len(self.facts)
         if self.known:
             line["retention"] = sum(self.right(self.known)) / len(self.known)
             items = self.own_answers.items
             line["kl"], line["own_loss"], line["own_loss_before"] = drift(
                 self.voice.model, [batch for start in range(0, len(items), 8)
                                    for batch in self.batches(items[start:start + 8])])
-        others = [p for p in self.prompts if p not in [e["messages"][:-1] for e in self.facts]]
-        self.said += [{"question": prompt[-1]["content"], "answer": answer.text}
-                      for prompt, answer in zip(others, self._ask(others), strict=True)]
         return parallel.from_first(line)
 
     def answers(self) -> list[str]:
         """The model's answers to the run's sample prompts."""
         return [answer.text for answer in self._ask(self.prompts)]
 
-    def right(self, examples: list[dict], said: list | None = None) -> list[int]:
-        """For each example 1 if the model's answer contains its value, else 0. said receives the
-        answers."""
+    def right(self, examples: list[dict], prompts: list = ()) -> list[int]:
+        """For each example 1 if the model's answer contains its value, else 0. With prompts, which
+        are asked in the same batch, said and samples receive the answers."""
         indices, marks = self._share(range(len(examples))), [0] * len(examples)
-        answers = self._ask([examples[i]["messages"][:-1] for i in indices])
-        for i, answer in zip(indices, answers, strict=True):
-            marks[i] = int(data.contains(answer.text, examples[i]["value"]))
-            if said is not None:
-                said.append({"question": examples[i]["messages"][-2]["content"],
-                             "answer": answer.text, "value": examples[i]["value"],
-                             "right": bool(marks[i])})
+        asked = [examples[i]["messages"][:-1] for i in indices]
+        asked += [prompt for prompt in prompts if prompt not in asked]
+        said = [{"question": prompt[-1]["content"], "answer": answer.text}
+                for prompt, answer in zip(asked, self._ask(asked), strict=True)]
+        for i, line in zip(indices, said, strict=False):
+            marks[i] = int(data.contains(line["answer"], examples[i]["value"]))
+            line |= {"value": examples[i]["value"], "right": bool(marks[i])}
+        if prompts:
+            self.said, self.samples = said, [said[asked.index(p)]["answer"] for p in prompts]
         return self._total(marks)
 
     def rank(self, line: dict) -> tuple:

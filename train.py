@@ -33,7 +33,7 @@ from lora.fast import levers, memory
 from lora.optim import AdamW, epochs_of, lr_at
 from lora.run import advice, card, checkpoint, cli, parallel, runlog
 from lora.run.state import Progress
-from measure import Exam, Voice, chooses_by_recall, held_out_facts
+from measure import Exam, Voice, chooses_by_recall, held_out_facts, sample_prompts
 
 
 @runlog.noting()
@@ -80,10 +80,10 @@ def main(argv: list[str]) -> None:
                                                tokenizer.pad_token_id or 0)
         chooses_by_recall(s.best_by, len(held_out_facts(val_set)))
         asked = val_set or train_set
+        n_asked = len(held_out_facts(asked)) + len(sample_prompts(settings, asked))
         print(memory.report(model, batches(train_set.items[:2])[0],
                             batches([train_set[i] for i in plan[0][1]])[-1], batches.lean,
-                            *memory.questions_at_once(asked.items, len(held_out_facts(asked)),
-                                                      len(retained), s)))
+                            *memory.questions_at_once(asked.items, n_asked, len(retained), s)))
         exam = Exam(voice, train_set, val_set, retained, settings, batches)
         run = Progress(folder, plan, s, batches=batches, rank=exam.rank, identity=identity,
                        save=lambda name: adapter.save(model, folder / name, base_name),
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
         fit(model, train_set, batches, exam, run, s, saved)
         adapter.load(model, folder / "adapter")
         card.write(folder / "adapter", info, settings, run.best, run.first)
-        card.write_samples(folder / "samples.md", exam.prompts, run.before, exam.answers())
+        after = run.after if run.is_best(surgery.adapter_parameters(model)) else exam.answers()
+        card.write_samples(folder / "samples.md", exam.prompts, run.before, after)
         from plots.figures import draw
         draw(folder)
     print(f"\n{run.summary(len(exam.facts))}\nrun: {folder}/ holds adapter/ (the best), last/, "
@@ -141,7 +142,7 @@ def fit(model, train_set, batches, exam, run, s, saved=None) -> None:
                     n_read=sum(len(item["input_ids"]) for item in window),
                     seconds=time.perf_counter() - began, device=batches.device)
             if run.evaluation_due:
-                run.keep_if_best(exam(run.step), exam.said, parameters)
+                run.keep_if_best(exam(run.step), exam, parameters)
             if stop or run.checkpoint_due:
                 run.checkpoint(optimizer)
             if stop:

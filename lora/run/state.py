@@ -4,7 +4,7 @@ Track a run: its step, what it has logged, its best adapter, its checkpoints.
     run = Progress(folder, plan, settings.train, batches=batches, save=save, ...)
     run.begin(exam, optimizer, saved)            # step 0 is measured, or a checkpoint restored
     run.log(epoch, ce, hits, n_tokens, lr, grad_norm, seconds)
-    run.keep_if_best(exam(run.step), exam.said, parameters)
+    run.keep_if_best(exam(run.step), exam, parameters)
 
 Progress records and says what is due. It computes nothing.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import config, files
 from . import checkpoint, parallel, runlog
 
-SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "first", "said")
+SAVED = ("step", "seen", "stale", "seconds", "sums", "best", "before", "after", "first", "said")
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Progress:
     best: dict | None = None      # the best evaluation's line
     best_weights: list = field(default_factory=list)
     before: list | None = None    # answers of the untouched model
+    after: list | None = None     # answers of the best evaluation
     first: dict | None = None     # metrics of the untouched model
     said: list = field(default_factory=list)          # the answers of the last evaluation
 
@@ -63,7 +64,7 @@ class Progress:
         else:
             self.metrics.unlink(missing_ok=True)
             self.answers.unlink(missing_ok=True)
-            self.before, self.first = exam.answers(), exam(0)
+            self.first, self.before = exam(0), exam.samples
             runlog.append(self.metrics, self.first)
             self._keep_answers(exam.said)
             print(f"step 0: {runlog.show(self.first)}")
@@ -193,19 +194,25 @@ class Progress:
         if self.s.save_every and self.step % self.s.save_every == 0:
             self.save(f"steps/{self.step:06d}")
 
-    def keep_if_best(self, line: dict, said: list[dict], parameters: list[torch.Tensor]) -> None:
+    def keep_if_best(self, line: dict, exam, parameters: list[torch.Tensor]) -> None:
         """Write an evaluation's line and answers; save the adapter if it ranks before the best
         one."""
         improved = self.best is None or self.rank(line) < self.rank(self.best)
         self.stale += 1
         if improved:
-            self.best, self.stale = line, 0
+            self.best, self.stale, self.after = line, 0, exam.samples
             self.best_weights = [p.detach().cpu().clone() for p in parameters]
             self.save("adapter")
         runlog.append(self.metrics, {**line, "best": improved})
         mark = ", the best so far" if improved else ""
         self.bar.write(f"step {self.step}: {runlog.show(line)}{mark}")
-        self._keep_answers(said)
+        self._keep_answers(exam.said)
+
+    def is_best(self, parameters: list[torch.Tensor]) -> bool:
+        """Whether parameters are those that gave the answers in after, bit for bit."""
+        return self.after is not None and all(
+            torch.equal(p.detach().cpu(), best)
+            for p, best in zip(parameters, self.best_weights, strict=True))
 
     def _keep_answers(self, said):
         """Write an evaluation's answers; show one that turned right, and one that turned wrong."""
