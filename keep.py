@@ -125,14 +125,15 @@ def answer_replay(examples: list[dict], voice, folder: Path) -> list[dict]:
     answer to is left out."""
     bare = [e for e in examples if e["messages"][-1]["role"] == "user"]
     file, answered = folder / "replay.jsonl", []
-    if file.exists():                                 # of a run that is resumed
+    if file.exists():                                 # of this run, resumed, or of an earlier one
         lines = file.read_text(encoding="utf-8").split("\n")
         answered = [json.loads(line) for line in lines if line]
     elif parallel.rank() == 0:
-        for n in range(0, len(bare), 64):
-            prompts = [e["messages"] for e in bare[n:n + 64]]
+        size = len(bare) // max(1, round(len(bare) / 64)) + 1          # no small last batch
+        for n in range(0, len(bare), size):
+            prompts = [e["messages"] for e in bare[n:n + size]]
             with surgery.disabled(voice.model):
-                answers = voice.ask(prompts, REPLAY_TOKENS)
+                answers = voice.ask(prompts, REPLAY_TOKENS, batch_size=size)
             answered += [{"messages": [*prompt, {"role": "assistant", "content": answer.text}],
                           "open": not answer.ended}
                          for prompt, answer in zip(prompts, answers, strict=True) if answer.text]

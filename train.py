@@ -72,7 +72,9 @@ def main(argv: list[str]) -> None:
             runlog.start(folder, asdict(settings), device=str(device), adapted=adapted,
                          base_model=base_name, examples=[len(part) for part in examples], **info)
         voice = Voice(model, tokenizer, train_set.format)
-        if extras and (extras := keep.answer_replay(extras, voice, folder)):
+        with runlog.reused(folder / "replay.jsonl", identity, parallel.rank()):
+            extras = extras and keep.answer_replay(extras, voice, folder)
+        if extras:
             train_set.items += tokenise(extras, tokenizer, settings.dataset, "mixed-in").items
 
         # ----- the loop; then the best adapter answers

@@ -112,6 +112,33 @@ def test_every_evaluation_keeps_its_answers(home):
     assert (folder / "messages.txt").read_text() == done.stdout
 
 
+def test_samples_are_the_answers_of_the_adapter_in_the_file(home, monkeypatch):
+    """Those of the best evaluation, if the file has its bits; else the file's adapter is asked."""
+    asked, answers = [], measure.Exam.answers
+    monkeypatch.setattr(measure.Exam, "answers", lambda self: (asked.append(1), answers(self))[1])
+    flags = ("--train.questions=[\"say aaa\", \"who?\"]", "--train.max_steps=5")
+    run(home, *flags)
+    table = (home / "runs/t/samples.md").read_text()
+    said = [json.loads(x) for x in (home / "runs/t/answers.jsonl").read_text().splitlines()]
+    best = min((x for x in metrics(home) if "best" in x), key=lambda x: not x["best"])["step"]
+    wanted = [[" ".join(answer["answer"].split()).replace("|", "\\|") for answer in line["answers"]
+               if "value" not in answer] for line in said if line["step"] in (0, best)]
+    assert not asked and [row[2:-2] for row in table.splitlines()[2:]] == [
+        " | ".join(cells) for cells in zip(["say aaa", "who?"], *wanted, strict=True)]
+    monkeypatch.setattr(state.Progress, "is_best", lambda self, parameters: False)
+    run(home, *flags)
+    assert asked == [1] and "| who? |" in (home / "runs/t/samples.md").read_text()
+
+
+def test_an_adapter_is_the_best_only_with_its_bits():
+    weights = [torch.ones(2), torch.ones(3)]
+    run = SimpleNamespace(after=[], best_weights=[w.clone() for w in weights])
+    assert state.Progress.is_best(run, weights)
+    weights[1][2] += 1e-6
+    assert not state.Progress.is_best(run, weights)
+    assert not state.Progress.is_best(SimpleNamespace(after=None, best_weights=[]), [])
+
+
 def test_the_terminal_shows_an_answer_that_flipped(tmp_path):
     shown = []
     run = SimpleNamespace(answers=tmp_path / "answers.jsonl", step=0, said=[],
@@ -478,7 +505,7 @@ def test_sides_that_cannot_be_made_are_named_and_the_run_goes_on(capsys, change)
 
 
 def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):
-    (tmp_path / "r.txt").write_text("\n".join(f"p{i}" for i in range(70)))
+    (tmp_path / "r.txt").write_text("\n".join(f"p{i}" for i in range(100)))
     examples = keep.read_replay(tmp_path / "r.txt")
     whole = data.new_example([("user", "a"), ("assistant", "b")], "x:1", kind="replay")
     asked = []
@@ -486,17 +513,31 @@ def test_only_prompts_without_an_answer_are_completed(tmp_path, monkeypatch):
     class Scripted:
         model = torch.nn.Module()
 
-        def ask(self, prompts, max_new_tokens):
+        def ask(self, prompts, max_new_tokens, batch_size):
+            assert batch_size >= len(prompts)
             asked.append(len(prompts))
             return [measure.Answer(p[-1]["content"] + "!", 2, p[-1]["content"] != "p3")
                     for p in prompts]
     whole, *examples = keep.answer_replay([whole, *examples], Scripted(), tmp_path)
-    assert asked == [64, 6] and whole["messages"][-1]["content"] == "b" and "open" not in whole
-    assert [e["messages"][-1]["content"] for e in examples] == [f"p{i}!" for i in range(70)]
+    assert asked == [51, 49] and whole["messages"][-1]["content"] == "b" and "open" not in whole
+    assert [e["messages"][-1]["content"] for e in examples] == [f"p{i}!" for i in range(100)]
     assert [i for i, e in enumerate(examples) if e["open"]] == [3]
     given = keep.read_replay(tmp_path / "replay.jsonl")
     assert [(e["messages"], e.get("open", False), e["kind"]) for e in given] == [
         (e["messages"], e["open"], e["kind"]) for e in examples]
+
+
+def test_an_earlier_runs_replay_answers_serve_again_unless_the_code_changed(keeping, monkeypatch):
+    flags = KEEP[0], "--train.max_steps=3"
+    assert "has answered 6 of 6" in run(keeping, *flags).stdout
+    before = losses(keeping)
+    done = run(keeping, *flags)
+    assert "has answered" not in done.stdout and "an earlier run's" in done.stdout
+    assert losses(keeping) == before and len(lines(keeping / "runs/t/replay.jsonl")) == 6
+    (keeping / "replay.txt").write_text("Another?\n")
+    assert "has answered 1 of 1" in run(keeping, *flags).stdout
+    monkeypatch.setattr("lora.run.runlog.digest_file", lambda file: "changed")
+    assert "has answered 1 of 1" in run(keeping, *flags).stdout
 
 
 @pytest.fixture

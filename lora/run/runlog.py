@@ -30,6 +30,9 @@ try:
 except ImportError:                                            # Windows has none
     resource = None
 
+ROOT = Path(__file__).parents[2]
+ANSWERING = "model", "dataset", "keep", "base_weights", "dtype", "format", "template"
+
 
 @contextlib.contextmanager
 def opened(run: str, resume: Path | None = None, rank: int = 0) -> Iterator[Path]:
@@ -218,6 +221,24 @@ def start(folder: Path, settings: dict, **facts) -> None:
     (folder / "replay.jsonl").unlink(missing_ok=True)
     write_json(folder / "config.json", settings)
     write_json(folder / "run.json", run_info(**facts))
+
+
+@contextlib.contextmanager
+def reused(file: Path, identity: dict, rank: int = 0) -> Iterator[None]:
+    """Take over a file that depends on ANSWERING alone, the base's answers to replay prompts, from
+    an earlier run in this folder of runs, if the block would write it anew; keep it for later runs.
+    Other code, versions, threads, base or prompts make another file, in runs/.answers."""
+    code = [digest_file(f) for f in sorted([*ROOT.glob("*.py"), *(ROOT / "lora").rglob("*.py")])]
+    info, facts = run_info(), {k: v for k, v in identity.items() if k.split(".")[0] in ANSWERING}
+    kept = file.parent.with_name(".answers") / (
+        digest([code, info["versions"], info["machine"], facts]) + file.suffix)
+    if kept.exists() and not file.exists() and not rank:
+        files.write(file, kept.read_bytes())
+        print(f"keep: the base's answers to the replay prompts are an earlier run's ({kept})")
+    yield
+    if file.exists() and not kept.exists() and not rank:
+        kept.parent.mkdir(exist_ok=True)
+        files.write(kept, file.read_bytes())
 
 
 def write_json(file: Path | str, value) -> None:
