@@ -44,7 +44,9 @@ def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
 
     >>> class Letters:                    # a tokenizer: a character is a token, "." ends an answer
     ...     added_tokens_decoder, bos_token_id, eos_token = {}, None, "."
-    ...     def encode(self, text, add_special_tokens): return [ord(letter) for letter in text]
+    ...     def __call__(self, texts, add_special_tokens):
+    ...         self.input_ids = [[ord(letter) for letter in text] for text in texts]
+    ...         return self
     >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     >>> ids, mask = render(messages, Letters(), "plain")
     >>> "".join(chr(i) for i in ids), "".join("x" if on else "-" for on in mask)
@@ -54,7 +56,7 @@ def render(messages: list[dict], tokenizer, format: str, loss_on: str = "all",
         return samples(messages, tokenizer, format, loss_on)[-1]
     formats.check(messages, tokenizer, format)
     text = "".join(text for text, _ in FORMATS[format](messages, tokenizer, reply=True))
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    (ids,) = formats.encode([text], tokenizer)
     return formats.with_bos(ids, [False] * len(ids), tokenizer, format)
 
 
@@ -95,27 +97,21 @@ def _encode(pieces, tokenizer):
     """Return [(ids, mask)] of a text in pieces: the ids of the whole text, if the text up to each
     answer's start and end has the same alone. SentencePiece writes another first token for a piece
     than inside a text. Where the ids differ, every answer is a sample behind the prompt's ids."""
-    def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False)
-    parts = [("".join(text for text, _ in group), on)
-             for on, group in groupby(pieces, key=lambda piece: piece[1])]
-    whole = encode("".join(text for text, _ in parts))
-    alone = [encode(part) for part, _ in parts]
+    texts = ["".join(text for text, _ in group)
+             for _, group in groupby(pieces, key=lambda piece: piece[1])]
+    marks = [on for on, _ in groupby(pieces, key=lambda piece: piece[1])]
+    whole, *alone = formats.encode(["".join(texts), *texts], tokenizer)
     if [token for ids in alone for token in ids] == whole:
-        return [(whole, [on for ids, (_, on) in zip(alone, parts, strict=True) for _ in ids])]
-    text, mask, apart, whole_fits = "", [], [], True
-    for part, on in parts:
-        start, text = encode(text), text + part
-        ids = encode(text)
+        return [(whole, [on for ids, on in zip(alone, marks, strict=True) for _ in ids])]
+    mask, apart, whole_fits, start = [], [], True, []
+    upto = formats.encode(["".join(texts[:n]) for n in range(1, len(texts) + 1)], tokenizer)
+    for ids, part, on in zip(upto, alone, marks, strict=True):
         if on:
-            answer = ids[len(start):] if ids[:len(start)] == start else encode(part)
+            answer = ids[len(start):] if ids[:len(start)] == start else part
             apart.append((start + answer, [False] * len(start) + [True] * len(answer)))
         whole_fits = whole_fits and ids == whole[:len(ids)]
-        mask += [on] * (len(ids) - len(mask))
+        mask, start = mask + [on] * (len(ids) - len(mask)), ids
     return [(whole, mask)] if whole_fits else apart
-
-
-
 
 
 # ----- examples in tensors -----------------------------------------------------------------------
@@ -189,8 +185,9 @@ class QADataset:
     def _look_for_texts(self, messages, found, source):
         """Note text and tools that the format does not write. Raises ValueError for tool calls."""
         pairs = [pair for ids, mask in found for pair in zip(ids, mask, strict=True)]
+        calls = any("tool_calls" in message for message in messages)
         lost = unwritten(messages, self.tokenizer.decode([i for i, _ in pairs]),
-                         self.tokenizer.decode([i for i, on in pairs if on]))
+                         self.tokenizer.decode([i for i, on in pairs if on and calls]))
         if lost.calls and self.loss_on == "all":
             raise ValueError(f"the chat template does not write the tool call {lost.calls[0]!r}; "
                              "take a model whose template does, or leave tool calls out")

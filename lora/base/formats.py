@@ -79,6 +79,15 @@ def special_ids(tokenizer) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def encode(texts: list[str], tokenizer) -> list[list[int]]:
+    """Return the token ids of each text, without what a tokenizer adds at its ends. Many texts at
+    once take less time, and so do ids without their places in the text."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or core.truncation or core.padding:
+        return tokenizer(texts, add_special_tokens=False).input_ids
+    return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def end_of_answer(tokenizer, format: str) -> str:
     """Return the text that ends an answer in this format. Raises ValueError if nothing does."""
     if format == "template":
@@ -99,11 +108,11 @@ def stop_of(tokenizer, format: str) -> Stop:
 
 def check(messages: list[dict], tokenizer, format: str) -> None:
     """Raise ValueError for a special token in a message, and for tool calls without a template."""
-    for i, message in enumerate(messages, 1):
-        text = f"{message.get('content') or ''}{message.get('tool_calls') or ''}"
-        for token in tokenizer.encode(text, add_special_tokens=False):
-            if token in special_ids(tokenizer) and not (
-                    message["role"] == "assistant" and templates.is_thought(tokenizer, token)):
+    specials = special_ids(tokenizer)
+    texts = [f"{m.get('content') or ''}{m.get('tool_calls') or ''}" for m in messages]
+    for i, (message, ids) in enumerate(zip(messages, encode(texts, tokenizer), strict=True), 1):
+        for token in filter(specials.__contains__, ids):
+            if not (message["role"] == "assistant" and templates.is_thought(tokenizer, token)):
                 raise ValueError(f"message {i} contains {tokenizer.decode([token])}, a special "
                                  "token of this model")
         if format != "template" and (message["role"] == "tool" or "tool_calls" in message):

@@ -236,7 +236,7 @@ def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
     prompt = write(messages[:i], tokenizer, prompt=True)
     history = write(messages[:i + 1], tokenizer)
     content = (messages[i].get("content") or "").strip()
-    common = len(commonprefix([prompt, history]))
+    common = len(prompt if history.startswith(prompt) else commonprefix([prompt, history]))
     at = history.rfind(content)
     if common < len(prompt) and at < common <= at + len(content):
         common = at                                   # the answer begins as the prompt goes on
