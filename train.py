@@ -245,10 +245,12 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
         print(parallel.shard(model, find_blocks(model)[1], device))
     layout, lean = levers.choose_layout(model, s, load.use_attention)
     batches = dataset.Batches(
-        pad_id, device, layout, lean, memory.micro_batch_size(train_set.items, s),
+        pad_id, device, layout, lean, size=2,
         from_base=lambda item: (settings.keep.replay_by == "probabilities"
                                 and item["example"].get("kind") in ("replay", "famous")),
         can_halve=not settings.model.shard)
+    batches.size = parallel.from_first(memory.micro_batch_size(
+        train_set.items, s, model, batches(train_set.items[:2])[0], lean))
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""
     first = [train_set[i] for i in plan[0][1]]

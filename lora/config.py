@@ -85,7 +85,7 @@ class TrainConfig:
     max_steps: int | None = None  # stop after so many steps instead
     batch_size: int = 16  # examples per step (one optimizer update)
     grad_accum: Literal["auto"] | int = "auto"  # micro-batches a step is split into: memory only
-    token_budget: int = 8192  # auto: padded tokens a micro-batch may have
+    token_budget: Literal["auto"] | int = "auto"  # padded tokens a micro-batch; auto: what fits
     layout: Literal["shared", "flat", "padded"] = "shared"  # flat: no pads; shared: prompts once
     lean_head: bool = True  # logits in chunks, never kept; false: plain autograd
     fused_lora: bool = True  # LoRA's gradients by hand; false: plain autograd

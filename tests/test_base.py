@@ -1,6 +1,7 @@
 """lora/base/load.py: device, dtype, and what is never loaded."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,28 @@ def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, amx, 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(load, "fast_bfloat16", FAST_BFLOAT16)
     assert load.pick_dtype("auto", CPU) == dtype
+
+
+def test_a_card_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(load, "fast_bfloat16", lambda device: False)
+    assert load.pick_dtype("auto", torch.device("cuda")) == torch.float32
+    assert "no bfloat16" in capsys.readouterr().out
+    assert load.pick_dtype("auto", CPU) == torch.float32 and not capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_weights_stay_in_their_file_until_they_are_used(tmp_path):
+    """Where the file has the run's dtype. A base that is quantised is never whole in memory."""
+    def own():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+    model = make_model(hidden_size=1024, intermediate_size=4096, vocab_size=2048)
+    size = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    before = own()
+    loaded = load.load_model(tmp_path, CPU, torch.float32)
+    assert own() - before < size / 2
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_folder_loads_in_eval_mode_with_the_dtype_asked_for(tiny_folder):

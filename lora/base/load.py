@@ -37,10 +37,17 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the base model's dtype; auto is bfloat16 where the device multiplies it fast, else
-    float32. A CPU without AMX or AVX512-BF16 emulates bfloat16 several times slower."""
+    float32. A CPU without AMX or AVX512-BF16 emulates bfloat16 several times slower. A graphics
+    card without it computes in float32, and a sentence says so: float16's gradients would need
+    loss scaling, for its smallest numbers are too large."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    if fast_bfloat16(device):
+        return torch.bfloat16
+    if device.type == "cuda":
+        print("model: this card has no bfloat16 (it came with Ampere, compute capability 8.0): "
+              "float32, which takes twice the memory; model.quant=nf4 holds the weights in 4 bits")
+    return torch.float32
 
 
 def fast_bfloat16(device: torch.device) -> bool:

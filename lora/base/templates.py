@@ -207,9 +207,10 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     template writes the earlier ones as it wrote them first; where it rewrites them (Qwen3 drops
     thoughts), each has its own. Raises ValueError if an answer cannot follow its prompt.
     """
-    answers = [answer(messages, i, tokenizer) for i, message in enumerate(messages)
+    whole, found = write(messages, tokenizer), []
+    answers = [answer(messages, i, tokenizer, whole) for i, message in enumerate(messages)
                if message["role"] == "assistant"]
-    whole, found, left = write(messages, tokenizer), [], list(answers)
+    left = list(answers)
     while left:
         prompt, body, end = left[-1]
         text, pieces, done = prompt + body + end, [], 0
@@ -228,13 +229,13 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     return found
 
 
-def answer(messages: list[dict], i: int, tokenizer) -> tuple[str, str, str]:
+def answer(messages: list[dict], i: int, tokenizer, whole: str) -> tuple[str, str, str]:
     """Return (prompt, answer, end) of message i: the texts that chat sends, that the model learns,
-    and that stop it. Raises ValueError if the template does not write the answer, or begins it in a
-    way that the message does not go on."""
+    and that stop it; whole is the conversation's text. Raises ValueError if the template does not
+    write the answer, or begins it in a way that the message does not go on."""
     end = frame(tokenizer).end
     prompt = write(messages[:i], tokenizer, prompt=True)
-    history = write(messages[:i + 1], tokenizer)
+    history = whole if i + 1 == len(messages) else write(messages[:i + 1], tokenizer)
     content = (messages[i].get("content") or "").strip()
     common = len(prompt if history.startswith(prompt) else commonprefix([prompt, history]))
     at = history.rfind(content)

@@ -1,11 +1,13 @@
 """
-Estimate how much memory a run needs, from a small step before training begins.
+Estimate how much memory a run needs, from a small step before training begins; choose micro-batches
+that fit into what is free.
 
     memory: a step of 464 tokens needs about 1.1 GiB, an evaluation 0.8, beside 0.5 of Python and
     PyTorch: weights 0.51, gradients and moments 0.03, activations 0.48, logits 0.04; 1.06 MiB of
     activations a token
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +20,58 @@ from ..loss import CHUNK, Batch, ce_sum
 from ..surgery import text_ids
 
 ROWS = 64                         # prompts that an evaluation answers at once
+BUDGET = 8192                     # padded tokens a micro-batch has at most, if it has two samples
+SPARE = 0.15                      # share of the free memory that stays free: what no estimate sees
 
 
-def micro_batch_size(items: list[dict], s) -> int:
-    """Examples a micro-batch: as many as train.token_budget takes, or what grad_accum leaves."""
+def micro_batch_size(items: list[dict], s, model, probe: Batch, lean: bool = True) -> int:
+    """Examples a micro-batch: what grad_accum leaves, or as many as train.token_budget takes. Its
+    "auto" is BUDGET, or fewer tokens where the free memory does not hold what a step keeps of
+    them; then a sentence says so. probe is a small batch, as for estimate()."""
     if s.grad_accum != "auto":
         return -(-s.batch_size // s.grad_accum)
-    return min(s.batch_size, max(1, s.token_budget // longest(items)))
+    length, auto = longest(items), s.token_budget == "auto"
+    wanted = min(s.batch_size, max(1, (BUDGET if auto else s.token_budget) // length))
+    room = free(model.device) if auto else None
+    if room is None or not (fits := tokens_that_fit(model, probe, room, lean)) < wanted * length:
+        return wanted
+    size = max(1, fits // length)
+    print(f"memory: {room / 2**30:.1f} GiB are free, which hold {fits:,} tokens of a step: "
+          f"micro-batches of {size}, not {wanted}")
+    if fits < length:
+        print(f"memory: the longest example has {length:,} tokens, more than that. Where it does "
+              "not fit: train.checkpointing=true, model.quant=nf4, or a lower dataset.max_length")
+    return size
+
+
+def tokens_that_fit(model, probe: Batch, room: int, lean: bool = True) -> int:
+    """Return how many tokens a step may have beside gradients and moments in room bytes."""
+    parts, tokens = estimate(model, probe, probe, lean), probe.inputs["input_ids"].numel()
+    word = 4 * len(model.get_output_embeddings().weight)       # float32 logits of a position
+    a_token = parts["activations"] / tokens + (0 if lean else 3 * word)
+    rest = room * (1 - SPARE) - parts["gradients and moments"] - (CHUNK if lean else 0)
+    return max(0, int(rest / a_token))
+
+
+def free(device: torch.device) -> int | None:
+    """Return the bytes that a process may still take on a device: of the graphics card, of Metal's
+    recommended size, of the machine and its container. None if the system does not tell."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cache = next(int(x.split()[1]) for x in lines if x.startswith("inactive_file"))
+        found.append(limit - used + cache)
+    return min(found, default=None)
 
 
 def questions_at_once(items: list[dict], n_facts: int, n_retained: int, s) -> tuple[int, int]:
@@ -43,10 +90,7 @@ def estimate(model, probe: Batch, batch: Batch, lean: bool = True) -> dict[str, 
     head = model.get_output_embeddings().weight
     tokens, n = batch.inputs["input_ids"].numel(), len(batch.targets)
     trained = [p for p in model.parameters() if p.requires_grad]
-    per_token = _kept(model, probe, lean) / probe.inputs["input_ids"].numel()
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        blocks = model.config.get_text_config().num_hidden_layers
-        per_token = blocks * head.shape[1] * head.itemsize    # kept: the inputs of blocks
+    per_token = _kept_a_token(model, probe, lean)
     logits = 4 * n * len(head) * (1 if lean else 3)
     return {"weights": sum(p.numel() * p.itemsize for p in model.parameters()),
             "gradients and moments": sum(3 * p.numel() * p.itemsize for p in trained),
@@ -119,6 +163,21 @@ def exhausted(error: Exception) -> bool:
     """Whether an error says that memory did not suffice, on the device or the machine."""
     words = "out of memory", "can't allocate memory", "not enough memory"
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
+
+
+def _kept_a_token(model, probe, lean):
+    """Count the bytes that a step holds of a token: what all blocks keep, or with checkpointing
+    their inputs and what one keeps when it is computed again; and as much as one block keeps for
+    the gradients inside it."""
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    kept = _kept(model, probe, lean) / probe.inputs["input_ids"].numel()
+    for module in checkpointed:
+        module.gradient_checkpointing = True
+    blocks, head = model.config.get_text_config().num_hidden_layers, model.get_output_embeddings()
+    inputs = blocks * head.weight.shape[1] * head.weight.itemsize
+    return (inputs + kept / blocks if checkpointed else kept) + kept / blocks
 
 
 def _kept(model, batch, lean):

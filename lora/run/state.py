@@ -89,7 +89,8 @@ class Progress:
         tensors, state = saved
         for key in SAVED:
             setattr(self, key, state.get(key, getattr(self, key)))
-        self.batches.size = min(self.batches.size, state["size"])
+        self.batches.size = (state["size"] if self.s.token_budget == "auto"
+                             else min(self.batches.size, state["size"]))
         for file, size in (self.metrics, state["metrics"]), (self.answers, state.get("answers", 0)):
             with files.saving(file):
                 file.touch()
