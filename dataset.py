@@ -32,7 +32,7 @@ from lora.base.formats import FORMATS, choose_format, stop_of
 from lora.fast.flat import SHORTEST, flatten
 from lora.loss import IGNORE_INDEX, Batch
 from lora.read.messages import unwritten
-from lora.run import cli, parallel
+from lora.run import cli, parallel, runlog, tokens
 from lora.use import show
 
 # ----- a conversation in tokens ------------------------------------------------------------------
@@ -126,18 +126,23 @@ class QADataset:
     longer than max_length tokens is dropped, or with too_long="cut" loses its oldest turns (never
     its system prompt, never a part of an answer); a plain text is cut into pieces. examples are
     those with an item: one each, or one for each answer (see samples()). An example with "open" was
-    broken off: what ends its last answer is no label. Raises ValueError that names the examples
-    with nothing to learn from."""
+    broken off: what ends its last answer is no label. found: what lora/run/tokens.py has kept of
+    them. Raises ValueError that names the examples with nothing to learn from."""
 
     def __init__(self, examples: list[dict], tokenizer, format: str = "auto", *,
-                 max_length: int = 512, too_long: str = "drop", loss_on: str = "all"):
+                 max_length: int = 512, too_long: str = "drop", loss_on: str = "all",
+                 found: tuple | None = None):
         self.tokenizer, self.format = tokenizer, choose_format(tokenizer, format)
-        self.max_length, self.too_long, self.loss_on = max_length, too_long, loss_on
+        self.max_length, self.too_long, self.loss_on, self.key = max_length, too_long, loss_on, ""
         self.items, self.examples = [], []
         self.dropped, self.cut, self.split, self.left_out = [], [], [], []
         self.in_pieces, self.no_tools = [], []
-        problems = {}
-        for example in tqdm(examples, "tokenising", unit="example", disable=len(examples) < 2000):
+        if found:
+            self.items, self.examples, notes = found
+            vars(self).update(notes)
+        problems, examples = {}, [] if found else examples
+        for example in tqdm(examples, "tokenising", unit="example",
+                            disable=len(examples) < tokens.LEAST):
             try:
                 self._add(example)
             except ValueError as error:
@@ -240,10 +245,17 @@ def listed(sources: list[str], n: int = 5) -> str:
     return ", ".join(sources[:n]) + more
 
 
-def tokenise(examples: list[dict], tokenizer, s: config.DatasetConfig) -> QADataset:
-    """Return the QADataset that the dataset section of config.json describes."""
-    return QADataset(examples, tokenizer, s.format, max_length=s.max_length, too_long=s.too_long,
-                     loss_on=s.loss_on)
+def tokenise(examples: list[dict], tokenizer, s: config.DatasetConfig,
+             kept: Callable = lambda key: None) -> QADataset:
+    """Return the QADataset that the dataset section of config.json describes. kept(key) returns
+    what a run to resume has kept of it; the QADataset's key says what the tokens depend on."""
+    key = len(examples) >= tokens.LEAST and runlog.digest(
+        [[e["messages"] for e in examples], tokenizer.chat_template, tokenizer.get_vocab(),
+         s.format, s.max_length, s.too_long, s.loss_on])
+    made = QADataset(examples, tokenizer, s.format, max_length=s.max_length, too_long=s.too_long,
+                     loss_on=s.loss_on, found=kept(key) if key else None)
+    made.key = key
+    return made
 
 
 def collate(items: list[dict], pad_id: int, device="cpu") -> Batch:

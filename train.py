@@ -31,7 +31,7 @@ from lora import adapter, config, loss, surgery
 from lora.base import fetch, load, quant, templates
 from lora.fast import levers, memory
 from lora.optim import AdamW, epochs_of, lr_at
-from lora.run import advice, card, checkpoint, cli, parallel, runlog
+from lora.run import advice, card, checkpoint, cli, parallel, runlog, tokens
 from lora.run.state import Progress
 from measure import Exam, Voice, chooses_by_recall, held_out_facts, sample_prompts
 
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     base_name = fetch.public_name(settings.model.name)
     tokenizer, settings = load_tokenizer(folder_or_id, settings)
     examples = data.load(**asdict(settings.data), seed=s.seed)
-    train_set = tokenise(examples[0], tokenizer, settings.dataset, "training")
-    val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation")
+    train_set = tokenise(examples[0], tokenizer, settings.dataset, "training", resume)
+    val_set = tokenise(examples[1], tokenizer, settings.dataset, "validation", resume)
     for note in advice.about_format(dataset.FORMATS, train_set.format, tokenizer, examples[0]):
         print(f"dataset: {note}")
     extras, per_epoch = keep.extra_examples(examples[0], settings)
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
         if not saved:
             runlog.start(folder, asdict(settings), device=str(device), adapted=adapted,
                          base_model=base_name, examples=[len(part) for part in examples], **info)
+            tokens.save(folder, "training", train_set, examples[0])
+            tokens.save(folder, "validation", val_set, examples[1])
         voice = Voice(model, tokenizer, train_set.format)
         with runlog.reused(folder / "replay.jsonl", identity, parallel.rank()):
             extras = extras and keep.answer_replay(extras, voice, folder)
@@ -193,11 +195,13 @@ def load_tokenizer(folder_or_id: str, settings) -> tuple:
     return tokenizer, settings
 
 
-def tokenise(examples: list[dict], tokenizer, s, label: str) -> dataset.QADataset | None:
-    """The QADataset of some examples, with a line about what was left out; None without any."""
+def tokenise(examples: list[dict], tokenizer, s, label: str, run=None) -> dataset.QADataset | None:
+    """The QADataset of some examples, with a line about what was left out; None without any. run:
+    the folder of a run to resume, which may have kept it."""
     if not examples:
         return None
-    tokenised = dataset.tokenise(examples, tokenizer, s)
+    tokenised = dataset.tokenise(examples, tokenizer, s, lambda key: run and tokens.load(
+        run, label, key, examples))
     n_tokens = sum(len(item["input_ids"]) for item in tokenised.items)
     n_supervised = sum(x != loss.IGNORE_INDEX for item in tokenised.items for x in item["labels"])
     print(f"dataset: {len(tokenised)} {label} examples, {n_tokens:,} tokens, "
