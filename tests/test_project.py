@@ -34,7 +34,7 @@ MAY_IMPORT = {  # who may import whom: design.md's table; a room imports the cor
 OURS = {*MAY_IMPORT, "scripts.voices"}
 STUDIED = [Path(f"{name}.py") for name in ("train", "inject", "data", "keep", "dataset", "measure")]
 STUDIED += sorted(p.relative_to(ROOT) for p in (ROOT / "lora").glob("*.py"))
-RIVALS = {"benchmarks/arms.py"}
+RIVALS = {"benchmarks/arms.py", "benchmarks/peers.py"}
 ONLY_IN = {"transformers": {"lora/base/load.py"} | RIVALS,
            "bitsandbytes": {"lora/base/quant.py"},
            "matplotlib": {"plots/figures.py"}, "peft": RIVALS, "trl": RIVALS, "datasets": RIVALS}
