@@ -16,7 +16,7 @@ RUN ?= runs/demo
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 -m
 BENCH := $(PY) -m benchmarks.train_speed
 ARMS := trl-{d}-4x4-lengthgrouped,trl-{d}-4x4-lengthgrouped-fulllogits,peft-loop-4x4,ours
-PEERS := litgpt-{d}-4x4-lengthgrouped,llamafactory-{d}-4x4-lengthgrouped,ours
+PEERS := litgpt-{d}-{q}x4-lengthgrouped,llamafactory-{d}-{q}x4-lengthgrouped,trl-{d}-{q}x4-lengthgrouped,ours
 OFF := ours-no-prefix,ours-padded,ours-no-lean-head,ours-no-fused-lora,ours-no-fused-leaves,ours-checkpointing
 
 .PHONY: setup train persona friends studio identity study experiment test slow serve-env vllm-env lint plots doctor bench bench-peers bench-full lines clean

@@ -71,7 +71,10 @@ def main(argv: list[str]) -> None:
         parser.error(f"unknown arms {unknown}; benchmarks/RESULTS.md lists them")
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         if any(name.startswith(PEERS) for name in names):
-            json.dump(run("work", options), file)
+            work = run("work", options)
+            if "error" in work:
+                parser.error(work["error"])
+            json.dump(work, file)
             file.flush()
         options.work = file.name
         measure(names, host, options)
