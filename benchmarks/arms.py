@@ -56,7 +56,9 @@ def make_samples(tokenizer, prefix: int, n: int, turns: int = 0) -> list[dict]:
     share, then 20 to 180 of its own (log-normal, mean near 66), the last 45 % of them labelled.
 
     With turns, what follows the prefix is a dialogue of so many pieces of that size, and each of
-    its answers is a sample: all pieces up to that answer, of which the last 45 % are labelled.
+    its answers is a sample: all pieces up to that answer, of which the last 45 % are labelled. As
+    in the template of a thinking model, the first third of an answer, its thought, is dropped in
+    later samples: no sample begins another, and no one row holds them all.
     """
     rng = random.Random(SEED)
     sentences = [f"{question} {fact.answer.format(fact.value)}"
@@ -77,7 +79,7 @@ def make_samples(tokenizer, prefix: int, n: int, turns: int = 0) -> list[dict]:
         silent = len(ids) - round(0.45 * (len(ids) - len(before)))
         samples.append({"input_ids": ids, "source": f"sample {i}",
                         "labels": [loss.IGNORE_INDEX] * silent + ids[silent:]})
-        before = ids
+        before = ids[:silent] + ids[silent + (len(ids) - silent) // 3:]
     return samples
 
 
