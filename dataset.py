@@ -110,7 +110,8 @@ def _encode(pieces, tokenizer):
             answer = ids[len(start):] if ids[:len(start)] == start else part
             apart.append((start + answer, [False] * len(start) + [True] * len(answer)))
         whole_fits = whole_fits and ids == whole[:len(ids)]
-        mask, start = mask + [on] * (len(ids) - len(mask)), ids
+        mask += [on] * (len(ids) - len(mask))
+        start = ids
     return [(whole, mask)] if whole_fits else apart
 
 

@@ -58,7 +58,6 @@ def main(argv: list[str]) -> None:
 
     # ----- adapters
     adapted = add_adapters(model, settings)
-    print(report(model, adapted))
 
     # ----- the run's folder: a new one, or the one to go on in
     info |= runlog.data_identity(examples, tokenizer, train_set.format)
@@ -71,8 +70,7 @@ def main(argv: list[str]) -> None:
         if not saved:
             runlog.start(folder, asdict(settings), device=str(device), adapted=adapted,
                          base_model=base_name, examples=[len(part) for part in examples], **info)
-            tokens.save(folder, "training", train_set, examples[0])
-            tokens.save(folder, "validation", val_set, examples[1])
+            tokens.save(folder, (train_set, val_set), examples)
         voice = Voice(model, tokenizer, train_set.format)
         with runlog.reused(folder / "replay.jsonl", identity, parallel.rank()):
             extras = extras and keep.answer_replay(extras, voice, folder)
@@ -225,14 +223,16 @@ def load_base(folder_or_id: str, settings, device, format: str) -> tuple:
 
 
 def add_adapters(model, settings) -> list[str]:
-    """Inject fresh adapters, or load those of model.adapter; the paths of the adapted modules. The
+    """Inject fresh adapters, or load those of model.adapter, and print which; their paths. The
     seed comes first, so that A is the same in every run and process."""
     torch.manual_seed(settings.train.seed)
-    if not settings.model.adapter:
-        return inject(model, **asdict(settings.lora))
-    adapted = adapter.load(model, settings.model.adapter)
-    surgery.freeze_base(model)
-    print(f"adapter: going on from {settings.model.adapter}; the lora section is not used")
+    if settings.model.adapter:
+        adapted = adapter.load(model, settings.model.adapter)
+        surgery.freeze_base(model)
+        print(f"adapter: going on from {settings.model.adapter}; the lora section is not used")
+    else:
+        adapted = inject(model, **asdict(settings.lora))
+    print(report(model, adapted))
     return adapted
 
 

@@ -23,7 +23,7 @@ def test_what_was_kept_is_what_was_tokenised(tmp_path, monkeypatch, examples):
     monkeypatch.setattr(tokens, "LEAST", 5)
     s, tokenizer = DatasetConfig(max_length=60), make_tokenizer()
     made = train.tokenise(examples, tokenizer, s, "training")
-    tokens.save(tmp_path, "training", made, examples)
+    tokens.save(tmp_path, (made, None), (examples, []))
     monkeypatch.setattr(dataset, "samples", None)              # nothing is tokenised again
     again = train.tokenise(examples, tokenizer, s, "training", tmp_path)
     assert again.items == made.items and len(made) == 5
@@ -35,7 +35,7 @@ def test_other_tokens_and_damaged_files_are_not_taken(tmp_path, monkeypatch, exa
     monkeypatch.setattr(tokens, "LEAST", 5)
     tokenizer = make_tokenizer()
     made = dataset.tokenise(examples, tokenizer, DatasetConfig())
-    tokens.save(tmp_path, "training", made, examples)
+    tokens.save(tmp_path, (made, None), (examples, []))
 
     def found(examples=examples, tokenizer=tokenizer, **settings):
         seen = []
@@ -54,5 +54,5 @@ def test_other_tokens_and_damaged_files_are_not_taken(tmp_path, monkeypatch, exa
 
 def test_a_small_data_set_keeps_nothing(tmp_path, examples):
     made = dataset.tokenise(examples, make_tokenizer(), DatasetConfig())
-    tokens.save(tmp_path, "training", made, examples)
+    tokens.save(tmp_path, (made, None), (examples, []))
     assert not [*tmp_path.iterdir()]

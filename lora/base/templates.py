@@ -207,6 +207,7 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     template writes the earlier ones as it wrote them first; where it rewrites them (Qwen3 drops
     thoughts), each has its own. Raises ValueError if an answer cannot follow its prompt.
     """
+    frame(tokenizer)                                  # refuses a template that writes no answer
     whole, found = write(messages, tokenizer), []
     answers = [answer(messages, i, tokenizer, whole) for i, message in enumerate(messages)
                if message["role"] == "assistant"]

@@ -1,7 +1,7 @@
 """
 Keep the tokens of a large data set in its run's folder: a resumed run begins with them at once.
 
-    save(folder, "training", dataset, examples)       # runs/demo/tokens/training.safetensors
+    save(folder, datasets, examples)                  # runs/demo/tokens/training.safetensors, ...
     found = load(folder, "training", key, examples)   # (items, examples, notes), or None
 
 key says what the tokens depend on: examples, settings and tokenizer. With another key, or a file
@@ -23,10 +23,15 @@ LEAST = 2000                      # examples; fewer take a few seconds
 NOTES = "dropped", "cut", "split", "left_out", "in_pieces", "no_tools"      # of a QADataset
 
 
-def save(folder: Path, name: str, dataset, examples: list[dict]) -> None:
-    """Write the items and notes of a QADataset that has a key; examples are all that were read."""
-    if not (dataset and dataset.key):
-        return
+def save(folder: Path, datasets: tuple, examples: tuple[list[dict], list[dict]]) -> None:
+    """Write the items and notes of the QADatasets, for training and validation, that have a key;
+    examples are those that each was made of."""
+    for name, dataset, part in zip(("training", "validation"), datasets, examples, strict=True):
+        if dataset and dataset.key:
+            _write(folder / "tokens" / f"{name}.safetensors", dataset, part)
+
+
+def _write(file, dataset, examples):
     items = dataset.items
     at, ids, labels = {id(e): n for n, e in enumerate(examples)}, array("i"), array("i")
     for item in items:
@@ -37,7 +42,6 @@ def save(folder: Path, name: str, dataset, examples: list[dict]) -> None:
                "lengths": torch.tensor([len(item["input_ids"]) for item in items]),
                "of": torch.tensor([at[id(item["example"])] for item in items]),
                "kept": torch.tensor([at[id(example)] for example in dataset.examples])}
-    file = folder / "tokens" / f"{name}.safetensors"
     with files.saving(file):
         file.parent.mkdir(exist_ok=True)
     notes = {name: getattr(dataset, name) for name in NOTES}
