@@ -254,7 +254,7 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
                                 and item["example"].get("kind") in ("replay", "famous")),
         can_halve=not settings.model.shard)
     batches.size = parallel.from_first(memory.micro_batch_size(
-        train_set.items, s, model, batches(train_set.items[:2])[0], lean))
+        train_set.items, s, model, batches(memory.two_ends(train_set.items))[0], lean))
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""
     first = [train_set[i] for i in plan[0][1]]

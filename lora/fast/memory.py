@@ -44,6 +44,12 @@ def micro_batch_size(items: list[dict], s, model, probe: Batch, lean: bool = Tru
     return size
 
 
+def two_ends(items: list[dict], n: int = 64) -> list[dict]:
+    """Return the last n tokens of two examples, with their labels: enough to probe a step with."""
+    return [{key: item[key][-n:] for key in ("input_ids", "labels")} | {"example": item["example"]}
+            for item in items[:2]]
+
+
 def tokens_that_fit(model, probe: Batch, room: int, lean: bool = True) -> int:
     """Return how many tokens a step may have beside gradients and moments in room bytes."""
     parts, tokens = estimate(model, probe, probe, lean), probe.inputs["input_ids"].numel()
