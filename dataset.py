@@ -31,7 +31,7 @@ from lora.base import fetch, formats, load, templates
 from lora.base.formats import FORMATS, choose_format, stop_of
 from lora.fast.flat import SHORTEST, flatten
 from lora.loss import IGNORE_INDEX, Batch
-from lora.read.messages import unwritten
+from lora.read.messages import listed, unwritten
 from lora.run import cli, parallel, runlog, tokens
 from lora.use import show
 
@@ -132,15 +132,11 @@ class QADataset:
 
     def __init__(self, examples: list[dict], tokenizer, format: str = "auto", *,
                  max_length: int = 512, too_long: str = "drop", loss_on: str = "all",
-                 found: tuple | None = None):
+                 found: tuple | None = None, key: str = ""):
         self.tokenizer, self.format = tokenizer, choose_format(tokenizer, format)
-        self.max_length, self.too_long, self.loss_on, self.key = max_length, too_long, loss_on, ""
-        self.items, self.examples = [], []
-        self.dropped, self.cut, self.split, self.left_out = [], [], [], []
-        self.in_pieces, self.no_tools = [], []
-        if found:
-            self.items, self.examples, notes = found
-            vars(self).update(notes)
+        self.max_length, self.too_long, self.loss_on, self.key = max_length, too_long, loss_on, key
+        self.items, self.examples, notes = found or ([], [], {name: [] for name in tokens.NOTES})
+        vars(self).update(notes)                               # self.dropped and so on
         problems, examples = {}, [] if found else examples
         for example in tqdm(examples, "tokenising", unit="example",
                             disable=len(examples) < tokens.LEAST):
@@ -214,12 +210,6 @@ class QADataset:
     def __getitem__(self, i: int) -> dict:
         return self.items[i]
 
-    def conversations(self) -> list[int]:
-        """For each sample the first of its conversation: samples of one begin alike."""
-        first = {}
-        return [i if data.is_text(item["example"]) else first.setdefault(id(item["example"]), i)
-                for i, item in enumerate(self.items)]
-
     def notes(self) -> list[str]:
         """Return sentences about what was dropped, cut, split, or is not in the text."""
         with_system = [e["source"] for e in self.examples if e["messages"][0]["role"] == "system"]
@@ -240,23 +230,15 @@ class QADataset:
         return [f"{len(sources)} {what}: {listed(sources)}" for what, sources in kinds if sources]
 
 
-def listed(sources: list[str], n: int = 5) -> str:
-    """List n sources: "a.jsonl:1, a.jsonl:2 and 7 more"."""
-    more = f" and {len(sources) - n} more" if len(sources) > n else ""
-    return ", ".join(sources[:n]) + more
-
-
 def tokenise(examples: list[dict], tokenizer, s: config.DatasetConfig,
              kept: Callable = lambda key: None) -> QADataset:
     """Return the QADataset that the dataset section of config.json describes. kept(key) returns
     what a run to resume has kept of it; the QADataset's key says what the tokens depend on."""
-    key = len(examples) >= tokens.LEAST and runlog.digest(
+    key = "" if len(examples) < tokens.LEAST else runlog.digest(
         [[e["messages"] for e in examples], tokenizer.chat_template, tokenizer.get_vocab(),
          s.format, s.max_length, s.too_long, s.loss_on])
-    made = QADataset(examples, tokenizer, s.format, max_length=s.max_length, too_long=s.too_long,
-                     loss_on=s.loss_on, found=kept(key) if key else None)
-    made.key = key
-    return made
+    return QADataset(examples, tokenizer, s.format, max_length=s.max_length, too_long=s.too_long,
+                     loss_on=s.loss_on, found=kept(key) if key else None, key=key)
 
 
 def collate(items: list[dict], pad_id: int, device="cpu") -> Batch:

@@ -31,6 +31,7 @@ from lora import adapter, config, loss, surgery
 from lora.base import fetch, load, quant, templates
 from lora.fast import levers, memory
 from lora.optim import AdamW, epochs_of, lr_at
+from lora.read.messages import conversations
 from lora.run import advice, card, checkpoint, cli, parallel, runlog, tokens
 from lora.run.state import Progress
 from measure import Exam, Voice, chooses_by_recall, held_out_facts, sample_prompts
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     settings, resume, force = parse(argv)
     s = settings.train
 
-    # ----- model and data; data first, for its errors come at once
+    # ----- model, data, adapters; data first, for its errors come at once
     device = parallel.start(load.pick_device(settings.model.device))
     folder_or_id = parallel.from_first(
         fetch.find(settings.model.name) if parallel.rank() == 0 else None)
@@ -55,8 +56,6 @@ def main(argv: list[str]) -> None:
     extras, per_epoch = keep.extra_examples(examples[0], settings)
     retained = data.with_system(keep.read_facts(settings.keep.retain), settings.data.system, s.seed)
     model, info = load_base(folder_or_id, settings, device, train_set.format)
-
-    # ----- adapters
     adapted = add_adapters(model, settings)
 
     # ----- the run's folder: a new one, or the one to go on in
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> None:
         chooses_by_recall(s.best_by, len(held_out_facts(val_set)))
         asked = val_set or train_set
         n_asked = len(held_out_facts(asked)) + len(sample_prompts(settings, asked))
-        print(memory.report(model, batches(train_set.items[:2])[0],
+        print(memory.report(model, batches(memory.two_ends(train_set.items))[0],
                             batches([train_set[i] for i in plan[0][1]])[-1], batches.lean,
                             *memory.questions_at_once(asked.items, n_asked, len(retained), s)))
         exam = Exam(voice, train_set, val_set, retained, settings, batches)
@@ -198,8 +197,7 @@ def tokenise(examples: list[dict], tokenizer, s, label: str, run=None) -> datase
     the folder of a run to resume, which may have kept it."""
     if not examples:
         return None
-    tokenised = dataset.tokenise(examples, tokenizer, s, lambda key: run and tokens.load(
-        run, label, key, examples))
+    tokenised = dataset.tokenise(examples, tokenizer, s, partial(tokens.load, run, label, examples))
     n_tokens = sum(len(item["input_ids"]) for item in tokenised.items)
     n_supervised = sum(x != loss.IGNORE_INDEX for item in tokenised.items for x in item["labels"])
     print(f"dataset: {len(tokenised)} {label} examples, {n_tokens:,} tokens, "
@@ -243,7 +241,7 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
     pools = keep.pools_of(train_set.items, per_epoch, s.seed)
     an_epoch = sum(count for _, count in pools)
     plan = dataset.windows(pools, s.batch_size, epochs_of(s, an_epoch), s.max_steps, s.seed,
-                           train_set.conversations())
+                           conversations(train_set.items))
     levers.fuse(model, s)
     if settings.model.shard and parallel.world() > 1:
         print(parallel.shard(model, find_blocks(model)[1], device))
@@ -257,12 +255,10 @@ def plan_steps(model, train_set, per_epoch: dict, settings, device, pad_id: int)
         train_set.items, s, model, batches(memory.two_ends(train_set.items))[0], lean))
     eval_every = -(-an_epoch // s.batch_size) if s.eval_every == "epoch" else s.eval_every
     processes = f", {parallel.world()} processes" if parallel.world() > 1 else ""
-    first = [train_set[i] for i in plan[0][1]]
-    laid_out = sum(batch.inputs["input_ids"].numel() for batch in batches(first))
     print(f"train: {len(plan)} steps of {s.batch_size} examples in "
           f"{-(-s.batch_size // batches.size)} micro-batches of {batches.size}, an evaluation "
-          f"every {eval_every} steps{processes}; step 1 computes {laid_out:,} tokens for the "
-          f"{sum(len(item['input_ids']) for item in first):,} of its examples")
+          f"every {eval_every} steps{processes}"
+          f"{levers.shares(batches, [train_set[i] for i in plan[0][1]])}")
     return plan, batches, eval_every
 
 

@@ -59,10 +59,9 @@ def generate(model: nn.Module, prompts: list[list[int]], stop: Stop, max_new_tok
 
 
 def _as_one_matrix(head, inputs):
-    """Give the head its rows as one contiguous matrix. A model passes it a slice, the last position
-    of each row; torch multiplies such a slice by a copy of a frozen weight for each row, and oneDNN
-    makes those copies in bfloat16: 2.5 GiB for 48 rows and SmolLM2's head. contiguous() leaves a
-    slice of one row with its strides."""
+    """Give the head its rows as one contiguous matrix, a single row too, whose strides contiguous()
+    keeps. A slice, the last position of each row, torch multiplies by a copy of a frozen weight for
+    each row, and oneDNN makes them in bfloat16: 2.5 GiB for 48 rows and SmolLM2's head."""
     return (inputs[0].flatten().view(inputs[0].shape),)
 
 

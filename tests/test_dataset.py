@@ -10,6 +10,7 @@ import dataset
 import measure
 from dataset import QADataset, render
 from lora.loss import IGNORE_INDEX
+from lora.read.messages import conversations
 from lora.run import advice
 from lora.use import show
 from measure import Voice
@@ -158,7 +159,7 @@ def test_a_dialogue_in_samples_costs_little_more_than_the_dialogue():
     turns = [word * 30 for word in "abcdefghijklmnop"]
     made = QADataset([example(*turns, system="Be kind."), example("hi", "yo")], tokenizer,
                      max_length=4096)
-    assert len(made) == 9 and made.conversations() == [0] * 8 + [8]
+    assert len(made) == 9 and conversations(made.items) == [0] * 8 + [8]
     once = len(made[7]["input_ids"])                          # the last sample has all turns
     for size, bound in ((8, 1.5), (4, 2.0)):                  # two micro-batches share less
         batches = dataset.micro_batches(made.items[:8], size, 0, layout="shared")

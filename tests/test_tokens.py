@@ -40,7 +40,7 @@ def test_other_tokens_and_damaged_files_are_not_taken(tmp_path, monkeypatch, exa
     def found(examples=examples, tokenizer=tokenizer, **settings):
         seen = []
         dataset.tokenise(examples, tokenizer, DatasetConfig(**settings), lambda key: seen.append(
-            tokens.load(tmp_path, "training", key, examples)))
+            tokens.load(tmp_path, "training", examples, key)))
         return seen[0] is not None
     assert found()
     assert not found(max_length=100) and not found(loss_on="last")

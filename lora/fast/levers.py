@@ -41,6 +41,13 @@ def choose_layout(model, s, use_attention: Callable) -> tuple[str, bool]:
     return layout, s.lean_head and head_is_linear(model)
 
 
+def shares(batches: Callable, items: list[dict]) -> str:
+    """Say how many tokens of a step's items are computed: fewer where they begin alike."""
+    laid_out = sum(batch.inputs["input_ids"].numel() for batch in batches(items))
+    of = sum(len(item["input_ids"]) for item in items)
+    return f"; step 1 computes {laid_out:,} tokens for the {of:,} of its examples"
+
+
 def head_is_linear(model: nn.Module) -> bool:
     """Try on four tokens whether logits are hidden W^T + bias and nothing else (no softcap, no
     scale), as loss.LabelledCE needs."""

@@ -323,3 +323,16 @@ def group_by(key: Callable, things: Iterable) -> dict:
 def plain(text: str) -> str:
     """Return the text in lower case, with single spaces and composed accents."""
     return " ".join(normalize("NFC", str(text)).casefold().split())
+
+
+def listed(sources: list[str], n: int = 5) -> str:
+    """List n sources: "a.jsonl:1, a.jsonl:2 and 7 more"."""
+    more = f" and {len(sources) - n} more" if len(sources) > n else ""
+    return ", ".join(sources[:n]) + more
+
+
+def conversations(items: list[dict]) -> list[int]:
+    """Return for each sample the first one of its conversation: samples of one begin alike."""
+    first = {}
+    return [i if is_text(item["example"]) else first.setdefault(id(item["example"]), i)
+            for i, item in enumerate(items)]

@@ -2,7 +2,7 @@
 Keep the tokens of a large data set in its run's folder: a resumed run begins with them at once.
 
     save(folder, datasets, examples)                  # runs/demo/tokens/training.safetensors, ...
-    found = load(folder, "training", key, examples)   # (items, examples, notes), or None
+    found = load(folder, "training", examples, key)   # (items, examples, notes), or None
 
 key says what the tokens depend on: examples, settings and tokenizer. With another key, or a file
 that is damaged, there are none, and the run tokenises again.
@@ -49,8 +49,10 @@ def _write(file, dataset, examples):
     files.write(file, safetensors.torch.save(tensors, state))
 
 
-def load(folder: Path, name: str, key: str, examples: list[dict]) -> tuple | None:
+def load(folder: Path | None, name: str, examples: list[dict], key: str) -> tuple | None:
     """Read (items, examples with an item, notes) that save() wrote for the same key, or None."""
+    if folder is None:
+        return None
     try:
         data = (folder / "tokens" / f"{name}.safetensors").read_bytes()
         head = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
