@@ -1,7 +1,11 @@
 """scripts/identity.py: the data of examples/identity, from the user's words."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -77,3 +81,23 @@ def test_a_wrong_identity_names_the_file_and_the_key(tmp_path, change, said):
     with pytest.raises(ValueError, match="identity.json") as caught:
         identity.read_identity(tmp_path / "identity.json", TABLE["topics"])
     assert said in str(caught.value)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2_knows_who_it_is_and_other_questions_stay(tmp_path):
+    """What make identity runs, once: its data, the training and the report."""
+    config = ["--config", HOME / "config.json"]
+    for command in (["-m", "scripts.identity"], [ROOT / "train.py"],
+                    ["-m", "scripts.identity", "--report"]):
+        done = subprocess.run([sys.executable, *command, *config], cwd=tmp_path, text=True,
+                              capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+    record = files.read_json(tmp_path / "runs/identity/identity-report.json")
+    right = {condition: mean(a["right"] for a in of if a["who"] == "identity")
+             for condition, of in data.group_by(lambda a: a["asked"], record["ways"]).items()}
+    assert right["your system prompt"] >= 0.9 and right["no system prompt"] >= 0.8, right
+    known = [a["right"][1] for a in record["others"] if a["right"] and a["right"][0]]
+    assert len(known) >= 50 and mean(known) >= 0.9
+    spoiled = [a for a in record["others"] if a["kind"] == "everyday prompts" and a["spoiled"]]
+    assert len(spoiled) <= 10, spoiled
