@@ -88,8 +88,8 @@ bench-full: .venv/bench.done
 	    --out benchmarks/results/smollm2-$$p.json || exit 1; done
 	$(BENCH) --model gemma-3-270m --arms $(ARMS) --out benchmarks/results/gemma-100.json
 	$(BENCH) --prefix 30 --batch 8 --steps 20 --reps 1 --arms trl-{d}-2x4-lengthgrouped,ours \
-	    --out benchmarks/results/curves-smollm2-30.json
-	$(PY) -m benchmarks.figures benchmarks/results
+	    --out benchmarks/results/peers/curves-smollm2-30.json
+	$(PY) -m benchmarks.figures benchmarks/results/peers
 
 lines:
 	@git ls-files -z '*.py' ':!tests' | xargs -0 wc -l | sort -n

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora.run import cli
 from plots.figures import plain, plt, save
 
-KINDS = (("TRL, its fastest settings", "train"), ("TRL, transformers' loss put in", "lr"),
+KINDS = (("TRL, its fastest settings", "train"), ("the fastest of the other trainers", "lr"),
          ("ours", "val"))
 
 
@@ -37,10 +37,11 @@ def draw(folder: Path | str) -> Path:
 
 
 def bars(groups: list[dict], colours: dict) -> plt.Figure:
-    """Draw samples a second on the left: for each model and prompt the fastest TRL settings, TRL
-    with transformers' loss put in, and ours. Draw the losses of the longest run on the right, which
-    should be one line."""
-    groups = sorted(groups, key=lambda r: ("smollm2" not in r["model"], r["model"], r["prefix"]))
+    """Draw samples a second on the left: for each model and prompt the fastest TRL settings, the
+    fastest of litgpt and LLaMA-Factory, and ours. Draw the losses of the longest run on the right,
+    which should be one line."""
+    groups = sorted(groups, key=lambda r: ("smollm2" not in r["model"], r["model"],
+                                           r.get("turns", 0), r["prefix"]))
     longest = max(groups, key=lambda r: r["steps"])
     groups.remove(longest)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.8 * len(groups)),
@@ -59,8 +60,11 @@ def bars(groups: list[dict], colours: dict) -> plt.Figure:
                       label=kind if y == 0 else None)
             times = f" (ours: {ours['samples_per_s'] / rate:.1f} times)" if i < 2 else ""
             left.text(arm["fastest"], at, f"  {rate:.2f}{times}", va="center", fontsize=9)
+    work = [f"dialogues, {g['turns']} answers" if g.get("turns") else f"{g['prefix']} shared tokens"
+            for g in groups]
     left.set(yticks=range(len(groups)), xlabel="samples a second", yticklabels=[
-        f"{g['model'].removesuffix('-instruct')}\n{g['prefix']} shared tokens" for g in groups])
+        f"{g['model'].removesuffix('-instruct')}\n{words}"
+        for g, words in zip(groups, work, strict=True)])
     left.set_xlim(0, 1.15 * max(g["results"]["ours"]["fastest"] for g in groups))
     left.invert_yaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
@@ -81,10 +85,10 @@ def bars(groups: list[dict], colours: dict) -> plt.Figure:
 
 def kind_of(arm: str) -> int | None:
     """Return the place of an arm in KINDS, or None."""
-    if "fulllogits" in arm:
-        return 1
-    if "trl-" in arm:
+    if arm.startswith("trl-") and "fulllogits" not in arm:
         return 0
+    if arm.startswith(("litgpt", "llamafactory")):
+        return 1
     return 2 if arm == "ours" else None
 
 

@@ -127,7 +127,7 @@ def told(tmp_path_factory):
             Path(f"{name}.json").write_text(json.dumps({
                 "model": {"name": "tiny", "device": "cpu", "dtype": "float32", **model},
                 "lora": {"r": 4}, "data": {"path": path, "val_fraction": 0}, "train": {
-                    "run": name, "max_steps": steps, "batch_size": 4, "lr": 0.02,
+                    "run": name, "max_steps": steps, "batch_size": 4, "lr": 0.01,
                     "max_new_tokens": 2}}))
             train.main(["--config", f"{name}.json"])
         run("first", "old.jsonl", 60)

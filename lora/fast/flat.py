@@ -36,7 +36,7 @@ from ..loss import IGNORE_INDEX, Batch, logits_at
 from ..surgery import find_blocks, text_ids
 from . import pieces
 
-SHORTEST = 16                     # fewer tokens in common are not worth calls of their own
+SHORTEST = 8                      # fewer tokens in common are not worth calls of their own
 ROUNDINGS = 2                     # logits may differ by this many roundings of the embeddings
 
 Path = tuple[tuple[int, int], ...]        # rows [start, stop) before a chain, in order
