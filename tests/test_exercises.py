@@ -33,10 +33,12 @@ def test_the_exercises_are_numbered_and_each_has_its_parts():
 def test_a_mistake_applies_to_the_code_as_it_is(name):
     changes, _ = MISTAKES[name]
     texts = {change.file: (ROOT / change.file).read_text("utf-8") for change in changes}
+    before = {**texts}
     for change in changes:
         texts[change.file] = plant.changed(change, texts[change.file])
         if change.file.endswith(".py"):
             compile(texts[change.file], change.file, "exec")
+    assert texts and all(texts[file] != before[file] for file in texts)
 
 
 def test_the_checks_name_tests_that_exist():

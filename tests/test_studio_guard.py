@@ -197,10 +197,15 @@ def test_a_client_that_reads_nothing_is_given_up(strict):
     page = f"GET / HTTP/1.1\r\nHost: localhost:{strict.port}\r\n\r\n".encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
         connection.connect(("127.0.0.1", strict.port))
         connection.sendall(page * 400)                         # 24 MB of answers
         wait_for(lambda: strict.server.server_state.connections)
         wait_for(lambda: not strict.server.server_state.connections)
+        with pytest.raises(ConnectionError):                   # it is the server that closed
+            for _ in range(10_000):
+                connection.sendall(page)
+    assert ask(strict)[0] == 200                               # and it answers others
 
 
 def test_too_many_connections_are_told_so(strict):
