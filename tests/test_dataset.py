@@ -5,6 +5,7 @@ import torch
 from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 import dataset
 import measure
@@ -185,6 +186,15 @@ def test_a_template_that_rewrites_earlier_turns_is_counted():
 def test_a_special_token_inside_a_message_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"here:1: message 2 contains <\|im_end\|>, a special"):
         QADataset([example("hi", "yo <|im_end|> more")], tokenizer)
+
+
+def test_a_special_token_that_is_read_in_any_case_is_refused():
+    tokenizer = make_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Lowercase()
+    core.add_special_tokens([AddedToken("<|end|>", normalized=True)])
+    with pytest.raises(ValueError, match=r"here:1: message 1 contains <\|end\|>, a special"):
+        QADataset([example("the <|END|> of it", "yes")], tokenizer)
 
 
 def test_a_template_that_refuses_is_named():

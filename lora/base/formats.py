@@ -7,6 +7,7 @@ A format turns messages into pieces [(text, supervised)]; joined they are what t
 With reply=True the pieces end where the assistant's next answer begins: what chat sends.
 """
 
+import re
 from functools import lru_cache
 
 from ..generate import Stop
@@ -79,6 +80,15 @@ def special_ids(tokenizer) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+@lru_cache
+def _special_text(tokenizer):
+    """A pattern that finds every text in which the tokenizer may see a special token."""
+    tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
+    if any(token.normalized for token in tokens):      # "<S>" may be read as "<s>": look at all
+        return re.compile("")
+    return re.compile("|".join(re.escape(token.content) for token in tokens) or r"(?!)")
+
+
 def encode(texts: list[str], tokenizer) -> list[list[int]]:
     """Return the token ids of each text, without what a tokenizer adds at its ends. Many texts at
     once take less time, and so do ids without their places in the text."""
@@ -110,7 +120,9 @@ def check(messages: list[dict], tokenizer, format: str) -> None:
     """Raise ValueError for a special token in a message, and for tool calls without a template."""
     specials = special_ids(tokenizer)
     texts = [f"{m.get('content') or ''}{m.get('tool_calls') or ''}" for m in messages]
-    for i, (message, ids) in enumerate(zip(messages, encode(texts, tokenizer), strict=True), 1):
+    looks = any(map(_special_text(tokenizer).search, texts))
+    encoded = encode(texts, tokenizer) if looks else [[] for _ in texts]
+    for i, (message, ids) in enumerate(zip(messages, encoded, strict=True), 1):
         for token in filter(specials.__contains__, ids):
             if not (message["role"] == "assistant" and templates.is_thought(tokenizer, token)):
                 raise ValueError(f"message {i} contains {tokenizer.decode([token])}, a special "
