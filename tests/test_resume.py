@@ -21,10 +21,11 @@ import torch
 from conftest import within
 from test_train import KEEP, ROOT, facts
 
+import dataset
 import train
 from lora import adapter, files
 from lora.base import fetch, load
-from lora.run import checkpoint, lock, runlog
+from lora.run import checkpoint, lock, runlog, tokens
 
 pytestmark = pytest.mark.auto
 TIMING = ("seconds", "tokens_per_s", "peak_memory_gib")
@@ -88,14 +89,14 @@ def result(folder):
             {str(p.relative_to(folder)): p.read_bytes() for p in sorted(kept)})
 
 
-def die_at_file_operation(n, count=None):
+def die_at_file_operation(n, count=None, under="runs/"):
     """Kill this process before it opens, renames, removes or cuts the nth file under runs/."""
     seen = []
 
     def hook(event, args):
         if event in ("os.rename", "os.remove", "os.truncate", "os.mkdir") or (
                 event == "open" and isinstance(args[1], str) and args[1][0] in "wa"):
-            if "runs/" not in str(args[0]):
+            if under not in str(args[0]):
                 return
             seen.append(event)
             if count:
@@ -183,6 +184,20 @@ def test_killed_in_the_middle_of_a_window(home, whole, flags):
         assert code == (-number if number == signal.SIGKILL else 130), words
         assert resumed(home, *FLAGS[flags]) == wanted
         shutil.rmtree(home / "runs")
+
+
+def test_killed_while_tokens_are_kept_and_afterwards(home, whole, monkeypatch):
+    monkeypatch.setattr(tokens, "LEAST", 4)
+    wanted = whole()
+    for at in (1, 2, 3):
+        code, _ = fork(home, before=lambda at=at: die_at_file_operation(at, under="/tokens"))
+        assert code == -signal.SIGKILL
+        assert resumed(home) == wanted, f"killed at file operation {at} of the tokens"
+        shutil.rmtree(home / "runs")
+    assert fork(home, before=lambda: in_micro_batch(5, send(signal.SIGKILL)))[0] == -signal.SIGKILL
+    code, words = fork(home, "--resume", "runs/t", before=lambda: setattr(dataset, "samples", None))
+    assert code == 0, words                                    # nothing was tokenised again
+    assert result(home / "runs/t") == wanted
 
 
 def test_ctrl_c_twice_stops_at_once_and_loses_nothing(home, whole):
