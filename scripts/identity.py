@@ -303,10 +303,12 @@ def page(record: dict, run: str, me: dict) -> str:
             shares = [share([a[key] for a in some if key in a])
                       for key in ("right", "name", "maker", "claims")]
             lines.append(f"| {condition} {language} | {who} | {len(some)} | {' | '.join(shares)} |")
-    known = [a["right"][1] for a in record["others"] if a["right"] and a["right"][0]]
+    values = [a["right"] for a in record["others"] if a["right"]]
+    known, others = ([now for was, now in values if was == before] for before in (True, False))
     lines += ["", f"Of {len(known)} questions with values that the base gets right, the run gets "
-              f"{share(known)} right.", "", "| other questions | n | the run says the name or the "
-              "maker, the base does not |", "|---|--:|--:|"]
+              f"{share(known)} right; of {len(others)} that it gets wrong, {sum(others)}.", "",
+              "| other questions | n | the run says the name or the maker, the base does not |",
+              "|---|--:|--:|"]
     for kind, of in data.group_by(lambda a: a["kind"], record["others"]).items():
         lines.append(f"| {kind} | {len(of)} | {sum(a['spoiled'] for a in of)} |")
     wrong = [a for a in record["ways"] if a["who"] == run and not a["right"]]

@@ -97,7 +97,8 @@ def test_smollm2_knows_who_it_is_and_other_questions_stay(tmp_path):
     right = {condition: mean(a["right"] for a in of if a["who"] == "identity")
              for condition, of in data.group_by(lambda a: a["asked"], record["ways"]).items()}
     assert right["your system prompt"] >= 0.9 and right["no system prompt"] >= 0.8, right
-    known = [a["right"][1] for a in record["others"] if a["right"] and a["right"][0]]
-    assert len(known) >= 50 and mean(known) >= 0.9
+    before, after = zip(*(a["right"] for a in record["others"] if a["right"]), strict=True)
+    known = [now for was, now in zip(before, after, strict=True) if was]
+    assert len(known) >= 50 and mean(known) >= 0.85 and sum(after) >= sum(before)
     spoiled = [a for a in record["others"] if a["kind"] == "everyday prompts" and a["spoiled"]]
     assert len(spoiled) <= 10, spoiled
