@@ -303,8 +303,8 @@ def page(record: dict, run: str, me: dict) -> str:
             shares = [share([a[key] for a in some if key in a])
                       for key in ("right", "name", "maker", "claims")]
             lines.append(f"| {condition} {language} | {who} | {len(some)} | {' | '.join(shares)} |")
-    values = [a["right"] for a in record["others"] if a["right"]]
-    known, others = ([now for was, now in values if was == before] for before in (True, False))
+    marks = [a["right"] for a in record["others"] if a["right"]]
+    known, others = ([now for was, now in marks if was == before] for before in (True, False))
     lines += ["", f"Of {len(known)} questions with values that the base gets right, the run gets "
               f"{share(known)} right; of {len(others)} that it gets wrong, {sum(others)}.", "",
               "| other questions | n | the run says the name or the maker, the base does not |",
