@@ -199,7 +199,8 @@ def tokenise(examples: list[dict], tokenizer, s, label: str, run=None) -> datase
         return None
     tokenised = dataset.tokenise(examples, tokenizer, s, partial(tokens.load, run, label, examples))
     n_tokens = sum(len(item["input_ids"]) for item in tokenised.items)
-    n_supervised = sum(x != loss.IGNORE_INDEX for item in tokenised.items for x in item["labels"])
+    n_supervised = n_tokens - sum(item["labels"].count(loss.IGNORE_INDEX)
+                                  for item in tokenised.items)
     print(f"dataset: {len(tokenised)} {label} examples, {n_tokens:,} tokens, "
           f"{n_supervised / n_tokens:.0%} supervised")
     for note in tokenised.notes():

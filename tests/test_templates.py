@@ -118,6 +118,32 @@ def test_every_answer_is_behind_the_prompt_that_chat_sends(name):
         assert_trained_as_sent(tokenizer, messages)
 
 
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_follows_a_plain_answer_does_not_change_it(name, monkeypatch):
+    """A steady template is rendered less often, to the same samples."""
+    tokenizer = prepared(RIGHT[name])
+    talks = [*TALKS, talk("Hi", "Yo", "<think>a</think> b", "<think>a</think> b", "c", "[/think]d")]
+
+    def found(messages):
+        try:
+            return templates.samples(messages, tokenizer)
+        except ValueError as error:
+            return str(error)
+    steady, frame = [*map(found, talks)], templates.frame
+    monkeypatch.setattr(templates, "frame", lambda t: frame(t)._replace(steady=False))
+    assert steady == [*map(found, talks)]
+
+
+def test_a_template_that_writes_answers_alike_is_rendered_once_an_answer(monkeypatch):
+    tokenizer, own, seen = prepared(CHATML), templates.write, []
+    messages = talk(*"abcdefgh")
+    templates.frame(tokenizer)
+    monkeypatch.setattr(templates, "write", lambda *args, **kwargs: seen.append(1) or own(
+        *args, **kwargs))
+    templates.samples(messages, tokenizer)
+    assert len(seen) == 1 + 4
+
+
 @pytest.mark.parametrize("name", ["no system turn", "system text vanishes", "strict alternation"])
 def test_a_system_prompt_without_a_turn_begins_the_first_users(name):
     tokenizer = prepared(RIGHT[name])

@@ -121,6 +121,7 @@ class Frame(NamedTuple):
     thought: tuple[str, str]      # what begins and ends a thought or names a channel; "": nothing
     end: str                      # what ends the answer: "<|im_end|>"
     known: bool                   # False: the template writes no end; it is the eos token
+    steady: bool                  # a plain answer is written alike at the end and before a turn
 
 
 def frame(tokenizer) -> Frame:
@@ -148,20 +149,20 @@ def _frame(tokenizer, template, eos):
     if opened and not tags:
         opening = opened[0].strip()
         thought = ("", f"{opening[0]}/{opening[1:]}")
-    specials = special_texts(tokenizer)
+    specials, steady = special_texts(tokenizer), ANSWER in one and two.startswith(one)
     for text in (commonprefix([tail, gap]), tail, gap):
         places = [(text.find(token), token) for token in specials if token in text]
         if places:
             at, token = min(places, key=lambda place: (place[0], -len(place[1])))
             if not text[:at].strip():
-                return Frame(before, thought, text[:at] + token, True)
+                return Frame(before, thought, text[:at] + token, True, steady)
     for text in (commonprefix([tail, gap]), tail):
         if text.strip() and len(text.split()) < 8:    # more is the text of a classifier
-            return Frame(before, thought, text.rstrip(), True)
+            return Frame(before, thought, text.rstrip(), True, False)
     if not eos:
         raise ValueError("dataset: the chat template ends an answer with nothing the model could "
                          'learn to stop at; set dataset.format to "plain".')
-    return Frame(before, thought, eos, False)
+    return Frame(before, thought, eos, False, False)
 
 
 def special_texts(tokenizer) -> set[str]:
@@ -207,9 +208,11 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     template writes the earlier ones as it wrote them first; where it rewrites them (Qwen3 drops
     thoughts), each has its own. Raises ValueError if an answer cannot follow its prompt.
     """
-    frame(tokenizer)                                  # refuses a template that writes no answer
+    steady = frame(tokenizer).steady                  # refuses a template that writes no answer
+    steady = steady and all(m.keys() == {"role", "content"} and m["role"] != "tool"
+                            and not re.search(THOUGHT, m["content"]) for m in messages)
     whole, found = write(messages, tokenizer), []
-    answers = [answer(messages, i, tokenizer, whole) for i, message in enumerate(messages)
+    answers = [answer(messages, i, tokenizer, whole, steady) for i, message in enumerate(messages)
                if message["role"] == "assistant"]
     left = list(answers)
     while left:
@@ -230,13 +233,16 @@ def samples(messages: list[dict], tokenizer) -> list[Pieces]:
     return found
 
 
-def answer(messages: list[dict], i: int, tokenizer, whole: str) -> tuple[str, str, str]:
+def answer(messages: list[dict], i: int, tokenizer, whole: str, steady: bool = False
+           ) -> tuple[str, str, str]:
     """Return (prompt, answer, end) of message i: the texts that chat sends, that the model learns,
-    and that stop it; whole is the conversation's text. Raises ValueError if the template does not
-    write the answer, or begins it in a way that the message does not go on."""
+    and that stop it; whole is the conversation's text. steady: later messages do not change how an
+    answer is written, so that whole is read for the history up to i. Raises ValueError if the
+    template does not write the answer, or begins it in a way that the message does not go on."""
     end = frame(tokenizer).end
     prompt = write(messages[:i], tokenizer, prompt=True)
-    history = whole if i + 1 == len(messages) else write(messages[:i + 1], tokenizer)
+    last = i + 1 == len(messages) or (steady and whole.startswith(prompt))
+    history = whole if last else write(messages[:i + 1], tokenizer)
     content = (messages[i].get("content") or "").strip()
     common = len(prompt if history.startswith(prompt) else commonprefix([prompt, history]))
     at = history.rfind(content)

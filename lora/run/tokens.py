@@ -37,8 +37,8 @@ def _write(file, dataset, examples):
     for item in items:
         ids += item["input_ids"]
         labels += item["labels"]
-    tensors = {"ids": torch.tensor(ids, dtype=torch.int32),
-               "labelled": torch.tensor(labels, dtype=torch.int32) != IGNORE_INDEX,
+    tensors = {"ids": torch.frombuffer(ids, dtype=torch.int32),
+               "labelled": torch.frombuffer(labels, dtype=torch.int32) != IGNORE_INDEX,
                "lengths": torch.tensor([len(item["input_ids"]) for item in items]),
                "of": torch.tensor([at[id(item["example"])] for item in items]),
                "kept": torch.tensor([at[id(example)] for example in dataset.examples])}
