@@ -150,6 +150,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_estimate_is_what_the_process_takes(tmp_path, dtype):
     """Within 30 % of the peak of the default run, loading and evaluations and all."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     done = subprocess.run([sys.executable, ROOT / "train.py", "--config", ROOT / "config.json",
                            f"--model.dtype={dtype}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
