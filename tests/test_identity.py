@@ -99,6 +99,6 @@ def test_smollm2_knows_who_it_is_and_other_questions_stay(tmp_path):
     assert right["your system prompt"] >= 0.9 and right["no system prompt"] >= 0.8, right
     before, after = zip(*(a["right"] for a in record["others"] if a["right"]), strict=True)
     known = [now for was, now in zip(before, after, strict=True) if was]
-    assert len(known) >= 50 and mean(known) >= 0.85 and sum(after) >= sum(before)
+    assert len(known) >= 50 and mean(known) >= 0.9 and sum(after) >= sum(before)
     spoiled = [a for a in record["others"] if a["kind"] == "everyday prompts" and a["spoiled"]]
     assert len(spoiled) <= 10, spoiled
