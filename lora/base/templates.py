@@ -241,8 +241,8 @@ def answer(messages: list[dict], i: int, tokenizer, whole: str, steady: bool = F
     template does not write the answer, or begins it in a way that the message does not go on."""
     end = frame(tokenizer).end
     prompt = write(messages[:i], tokenizer, prompt=True)
-    last = i + 1 == len(messages) or (steady and whole.startswith(prompt))
-    history = whole if last else write(messages[:i + 1], tokenizer)
+    alike = i + 1 == len(messages) or (steady and whole.startswith(prompt))
+    history = whole if alike else write(messages[:i + 1], tokenizer)
     content = (messages[i].get("content") or "").strip()
     common = len(prompt if history.startswith(prompt) else commonprefix([prompt, history]))
     at = history.rfind(content)
